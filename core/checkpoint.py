@@ -1,0 +1,168 @@
+"""The only file that reads weights: components from a diffusers-layout folder, safetensors only.
+
+A model folder is untrusted input: classes come from an allow-list, nothing in it is executed, and
+every fault is reported with the file's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import BadModel
+
+COMPONENTS = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+"""The components of the Stable Diffusion family and the classes each may be."""
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SAMPLES, _SAMPLE_BYTES = 256, 65536
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        BadModel: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadModel(f"{path} is missing: the folder is not a complete diffusers model.") from error
+    except (ValueError, OSError) as error:
+        raise BadModel(f"{path} is damaged and cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise BadModel(f"{path} holds a {type(value).__name__} where a JSON object is expected.")
+    return value
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component, headers checked.
+
+    Raises:
+        BadModel: there are none, only pickles, or one is damaged.
+    """
+    if not folder.is_dir():
+        raise BadModel(f"{folder} is missing: the folder is not a complete diffusers model.")
+    every = sorted(folder.glob("*.safetensors"))
+    chosen = [f for f in every if (f".{variant}." in f.name or f".{variant}-" in f.name) == bool(variant)]
+    if variant is None:
+        plain = [f for f in every if f.name.startswith(("diffusion_pytorch_model.safe", "model.safe", "pytorch_model.safe"))]
+        chosen = plain or [f for f in every if "-of-" in f.name and f.name.count(".") == 1]
+    if not chosen:
+        pickles = [f.name for f in folder.iterdir() if f.suffix in _PICKLES]
+        if pickles:
+            raise BadModel(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors."
+            )
+        there = ", ".join(f.name for f in every) or "none"
+        wanted = f'of variant "{variant}" ' if variant else ""
+        raise BadModel(f"{folder} has no safetensors weights {wanted}(found: {there}).")
+    for file in chosen:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise BadModel(f"{file} is damaged and cannot be read as safetensors ({error}).") from error
+    return chosen
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A digest of weight files: of all bytes where they are few, else of samples spread over each file.
+
+    Tells checkpoints apart in milliseconds; it does not prove a file untouched.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as handle:
+            stride = max(_SAMPLE_BYTES, size // _SAMPLES)
+            for start in range(0, size, stride):
+                handle.seek(start)
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def encoder_fingerprint(files: list[Path]) -> str:
+    """A digest of a VAE's encoder weights in half precision, so that fp32 and fp16 files of one VAE agree."""
+    digest = hashlib.sha256()
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in sorted(handle.keys()):
+                if name.startswith(("encoder.", "quant_conv.")):
+                    digest.update(name.encode())
+                    digest.update(handle.get_tensor(name).half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """One component on the CPU, in evaluation mode.
+
+    Raises:
+        BadModel: wrong class, damaged or missing files, or a config that does not fit the weights.
+    """
+    if name == "tokenizer":
+        return _read_tokenizer(folder)
+    import diffusers
+    import transformers
+
+    library: Any = transformers if name == "text_encoder" else diffusers
+    weight_files(folder, variant)
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown")
+    if found not in COMPONENTS[name]:
+        raise BadModel(f"{folder} holds a {found} where {name} must be a {' or '.join(COMPONENTS[name])}.")
+    options = {"dtype": dtype} if library is transformers else {"torch_dtype": dtype, "low_cpu_mem_usage": True}
+    try:
+        with _quiet():
+            model, report = getattr(library, found).from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True, **options
+            )
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadModel(f"{folder} cannot be loaded: its config.json does not fit its weights ({reason}).") from error
+    faults = {kind: names for kind in ("missing_keys", "mismatched_keys") if (names := sorted(map(str, report[kind] or [])))}
+    # transformers 4 saved an index buffer that 5 no longer has.
+    if extra := [key for key in report["unexpected_keys"] or [] if not key.endswith("position_ids")]:
+        faults["unexpected_keys"] = sorted(extra)
+    for kind, names in faults.items():
+        what = f"{len(names)} {kind.replace('_', ' ')}, first {names[0]}"
+        raise BadModel(f"{folder} cannot be loaded: its config.json does not fit its weights ({what}).")
+    return model.eval().requires_grad_(False)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        for file in ("vocab.json", "merges.txt"):
+            if not (folder / file).is_file():
+                raise BadModel(f"{folder / file} is missing: the folder is not a complete diffusers model.")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BadModel(f"{folder} is damaged and cannot be read as a CLIP tokenizer ({error}).") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers logs what we raise as errors."""
+    logger = logging.getLogger("diffusers")
+    level, logger.level = logger.level, logging.CRITICAL
+    try:
+        yield
+    finally:
+        logger.level = level

@@ -1,0 +1,176 @@
+"""Latents that know which VAE they belong to and how noisy they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import BadInput, SpaceMismatch
+from .files import write_atomically
+from .solver import History, Past
+
+CLEAN = 0.05
+"""Latents at or below this sigma count as clean: diffusers' schedules end at 0 or at the lowest
+training noise (0.029 for Stable Diffusion), the next level up is far above."""
+
+_FORMAT = "unrolled-latents-1"
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Which VAE latents belong to.
+
+    The fingerprint is of the *encoder*: it defines the space, a fine-tuned decoder does not.
+    ``scaling`` takes the encoder's output to unit variance; ``downscale`` is pixels per latent.
+    """
+
+    family: str
+    channels: int
+    downscale: int
+    scaling: float
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.family}/{self.downscale} {self.fingerprint[:8]}"
+
+    def require(self, other: LatentSpace, what: str) -> None:
+        """Raise :class:`SpaceMismatch` unless ``other`` is this space."""
+        if self != other:
+            raise SpaceMismatch(
+                f"{what} works in latent space [{self}] but was given latents of [{other}]: "
+                'decode and encode in between (via = "pixels" in a chain).'
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class Latents:
+    """The handoff between stages: ``x = x0 + sigma * noise``.
+
+    Args:
+        x: (batch, channels, height / downscale, width / downscale), float32.
+        space: the VAE these latents belong to.
+        sigma: how noisy they are; 0 is clean.
+        seeds: one per image, so that what follows can draw the same noise again.
+        stream: which of a seed's streams of noise this run draws from.
+        history: what the solver remembers, oldest first; valid only for the same model.
+    """
+
+    x: Tensor
+    space: LatentSpace
+    sigma: float = 0.0
+    seeds: tuple[int, ...] = ()
+    stream: str = ""
+    history: History = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4 or self.x.shape[1] != self.space.channels:
+            raise BadInput(
+                f"Latents of [{self.space}] are (batch, {self.space.channels}, height, width), "
+                f"but the tensor given is {tuple(self.x.shape)}."
+            )
+        if self.seeds and len(self.seeds) != len(self.x):
+            raise BadInput(f"{len(self.x)} latents were given with {len(self.seeds)} seeds: one seed per image is needed.")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, part: slice) -> Latents:
+        """Some images of the batch, history and seeds with them."""
+        past = tuple(Past(p.sigma, p.x[part], p.x0[part]) for p in self.history)
+        return replace(self, x=self.x[part], seeds=self.seeds[part], history=past)
+
+    def __repr__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        state = "clean" if self.is_clean else "noisy"
+        return (
+            f"Latents({'x'.join(map(str, self.x.shape))} {dtype} {self.x.device} "
+            f"space=[{self.space}] sigma={self.sigma:.4g} {state}, history={len(self.history)}, seeds={list(self.seeds)})"
+        )
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the noise left is no more than a finished schedule leaves."""
+        return self.sigma <= CLEAN
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.x.shape[-2:]
+        return height * self.space.downscale, width * self.space.downscale
+
+    @property
+    def unscaled(self) -> Tensor:
+        """``x`` as the VAE's decoder takes it.
+
+        A schedule that ends at the lowest training noise leaves the variance-preserving state
+        ``x / sqrt(1 + sigma^2)``, which diffusers decodes as it is.
+        """
+        self.require_clean("decode")
+        return self.x / (math.sqrt(1.0 + self.sigma**2) * self.space.scaling)
+
+    def require_clean(self, what: str) -> None:
+        """Raise :class:`BadInput` if these latents still hold noise."""
+        if not self.is_clean:
+            raise BadInput(
+                f"Cannot {what} latents that still hold noise at sigma {self.sigma:.4g} (clean is at most {CLEAN}): "
+                "denoise them to the end, or take a step's x0 estimate (step.preview)."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors = {"x": self.x}
+        for i, past in enumerate(self.history):
+            tensors |= {f"history.{i}.x": past.x, f"history.{i}.x0": past.x0}
+        facts = {
+            "space": asdict(self.space),
+            "sigma": self.sigma,
+            "seeds": self.seeds,
+            "stream": self.stream,
+            "history": [past.sigma for past in self.history],
+        }
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        write_atomically(path, save(tensors, {"format": _FORMAT, "latents": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Latents:
+        """Read what :meth:`save` wrote; bit-exact."""
+        if not os.path.isfile(path):
+            raise BadInput(f"There is no latents file at {path}.")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise BadInput(f"{path} is a safetensors file but not one that Latents.save wrote.")
+                facts = json.loads(metadata["latents"])
+                history = tuple(
+                    Past(sigma, file.get_tensor(f"history.{i}.x"), file.get_tensor(f"history.{i}.x0"))
+                    for i, sigma in enumerate(facts["history"])
+                )
+                space = LatentSpace(**facts["space"])
+                return cls(file.get_tensor("x"), space, facts["sigma"], tuple(facts["seeds"]), facts["stream"], history)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path} is damaged and cannot be read as latents ({error}).") from error
+
+
+def batch(parts: Sequence[Latents]) -> Latents:
+    """Several latents of one space and sigma as one batch; histories must be of equal length."""
+    first = parts[0]
+    for part in parts[1:]:
+        first.space.require(part.space, "A batch")
+        if part.sigma != first.sigma or len(part.history) != len(first.history):
+            raise BadInput(f"A batch needs one noise level, but was given sigma {first.sigma:.4g} and {part.sigma:.4g}.")
+    history = tuple(
+        Past(points[0].sigma, torch.cat([p.x for p in points]), torch.cat([p.x0 for p in points]))
+        for points in zip(*(part.history for part in parts), strict=True)
+    )
+    seeds = tuple(seed for part in parts for seed in part.seeds)
+    return replace(first, x=torch.cat([part.x for part in parts]), seeds=seeds, history=history)

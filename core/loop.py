@@ -1,0 +1,152 @@
+"""The denoising loop: a generator whose yielded step *is* the state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser
+from .errors import BadInput, NonFinite
+from .latents import Latents
+from .noise import Noise, NoiseSource
+from .prediction import Prediction
+from .schedule import Schedule
+from .solver import History, Solver
+
+
+@dataclass
+class Step:
+    """The record of one step, and the only mutable value: edit ``x`` and the run goes on from there.
+
+    Args:
+        index: of this step in the whole run; ``total`` steps end it.
+        sigma, sigma_next, timestep: noise level before and after, and what the UNet was told.
+        before: x at sigma.
+        x: x at sigma_next; set it to change the run.
+        predictions: every call of the denoiser in this step, in order.
+        start: the latents the run began with: space, seeds.
+        seconds: how long the step took on the clock.
+        stop: set it to end the run cleanly after this step.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    sigma_next: float
+    timestep: float
+    before: Tensor
+    x: Tensor
+    history: History
+    start: Latents
+    predictions: list[Prediction] = field(default_factory=list)
+    seconds: float = 0.0
+    stop: bool = False
+
+    def __repr__(self) -> str:
+        return (
+            f"Step({self.index + 1}/{self.total}, sigma {self.sigma:.4g} -> {self.sigma_next:.4g}, "
+            f"timestep {self.timestep:.4g}, {len(self.predictions)} evaluations)"
+        )
+
+    @property
+    def prediction(self) -> Prediction:
+        """The prediction at ``before``."""
+        return self.predictions[0]
+
+    @property
+    def x0(self) -> Tensor:
+        """The estimate of the clean latents at ``before``."""
+        return self.prediction.x0
+
+    @property
+    def latents(self) -> Latents:
+        """Where the run stands, ready to be saved, decoded (at the end) or handed on."""
+        return replace(self.start, x=self.x, sigma=self.sigma_next, history=self.history)
+
+    @property
+    def preview(self) -> Latents:
+        """The x0 estimate as clean latents, ready to be decoded at any step."""
+        return replace(self.start, x=self.x0, sigma=0.0, history=())
+
+
+def steps(
+    denoiser: Denoiser, latents: Latents, schedule: Schedule, solver: Solver, noise: NoiseSource | None = None
+) -> Iterator[Step]:
+    """Denoise ``latents`` along ``schedule``, yielding every step.
+
+    ``break`` out at any time: ``step.latents`` knows its sigma and goes on later with
+    ``steps(denoiser, step.latents, schedule[k:], solver)``, bit for bit as if never stopped.
+
+    Args:
+        latents: at the schedule's first sigma.
+        noise: for solvers that draw; by default the latents' own seeds.
+
+    Raises:
+        BadInput: the latents are at another noise level than the schedule starts from.
+        NonFinite: NaN or infinity appeared in x.
+    """
+    _require_same_level(latents, schedule)
+    source = noise if noise is not None else Noise(latents.seeds, latents.stream)
+    x, history, finite = latents.x, latents.history, []
+    for i, (sigma, sigma_next) in enumerate(zip(schedule.sigmas, schedule.sigmas[1:], strict=False)):
+        index, predictions, began = schedule.first + i, list[Prediction](), time.perf_counter()
+
+        def denoise(x: Tensor, sigma: float, log: list[Prediction] = predictions) -> Prediction:
+            log.append(denoiser(x, sigma, schedule.timestep_at(sigma)))
+            return log[-1]
+
+        def draw(number: int = 0, like: Tensor = x, index: int = index) -> Tensor:
+            return source(like.shape, "step", index, number).to(like)
+
+        with torch.no_grad():
+            x_next, history = solver(denoise, x, sigma, sigma_next, history, draw)
+        finite.append(torch.isfinite(x_next).all())
+        if x.device.type == "cpu":  # elsewhere reading the flag would make every step wait for the device
+            _require_finite(finite, schedule)
+        step = Step(
+            index, schedule.first + len(schedule), sigma, sigma_next, schedule.timesteps[i], x, x_next, history,
+            latents, predictions, time.perf_counter() - began,
+        )  # fmt: skip
+        yield step
+        x = step.x
+        if step.stop:
+            break
+    _require_finite(finite, schedule)
+
+
+def denoise(
+    denoiser: Denoiser,
+    latents: Latents,
+    schedule: Schedule,
+    solver: Solver,
+    hooks: Iterable[Callable[[Step], object]] = (),
+    noise: NoiseSource | None = None,
+) -> Latents:
+    """Drain :func:`steps`: every hook sees every step and may edit or stop it. Arguments as there."""
+    hooks = tuple(hooks)
+    for step in steps(denoiser, latents, schedule, solver, noise):
+        for hook in hooks:
+            hook(step)
+        latents = step.latents
+    return latents
+
+
+def _require_same_level(latents: Latents, schedule: Schedule) -> None:
+    if schedule and abs(latents.sigma - schedule.sigmas[0]) > 1e-4 * schedule.sigmas[0]:
+        raise BadInput(
+            f"The latents are at sigma {latents.sigma:.4g} but the schedule starts at {schedule.sigmas[0]:.4g}: "
+            "cut the schedule there (schedule.split(schedule.index(sigma=...))) or add noise to that level."
+        )
+
+
+def _require_finite(flags: list[Tensor], schedule: Schedule) -> None:
+    if flags and not bool(torch.stack(flags).all()):
+        bad = int(torch.stack(flags).logical_not().nonzero()[0])
+        raise NonFinite(
+            f"NaN or infinity appeared in step {schedule.first + bad + 1} of {schedule.first + len(schedule)} "
+            f"(sigma {schedule.sigmas[bad]:.4g}): run in float32 or bfloat16, or lower the guidance scale."
+        )

@@ -1,0 +1,67 @@
+"""What a denoiser says about ``x`` at ``sigma``, in whichever parametrisation its network speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Prediction:
+    """A network's output at ``x``, and what it means in ``x = x0 + sigma * noise``.
+
+    ``out`` is the output after guidance; ``cond`` and ``uncond`` are the two it was made of, where
+    there were two. Guidance is linear in ``out``, so that it is the same thing done on x0 or on the
+    noise. To change a prediction use ``dataclasses.replace(prediction, out=...)`` or :meth:`with_x0`.
+    """
+
+    out: Tensor
+    x: Tensor
+    sigma: float
+    kind: Kind = "epsilon"
+    cond: Tensor | None = None
+    uncond: Tensor | None = None
+
+    @classmethod
+    def from_x0(cls, x0: Tensor, x: Tensor, sigma: float) -> Prediction:
+        """For denoisers that know the clean latents directly, e.g. a closed form."""
+        return cls(x0, x, sigma, "sample")
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The estimate of the clean latents."""
+        if self.kind == "sample":
+            return self.out
+        if self.kind == "epsilon":
+            return torch.sub(self.x, self.out, alpha=self.sigma)
+        # v = alpha * eps - sigma_vp * x0 (Salimans & Ho, arXiv:2202.00512, app. D),
+        # with alpha = 1 / sqrt(1 + sigma^2) and x_vp = alpha * x.
+        variance = 1.0 + self.sigma**2
+        return torch.sub(self.x / variance, self.out, alpha=self.sigma / variance**0.5)
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The estimate of the noise, of unit variance."""
+        if self.kind == "epsilon":
+            return self.out
+        if self.kind == "sample":
+            return (self.x - self.out) / self.sigma
+        variance = 1.0 + self.sigma**2
+        return torch.add(self.out / variance**0.5, self.x, alpha=self.sigma / variance)
+
+    def with_x0(self, x0: Tensor, *, keep_eps: bool = False) -> Prediction:
+        """The same prediction with another clean estimate.
+
+        ``keep_eps`` leaves the noise estimate as it was, which is how DDIM clips (it moves x0 but
+        not the direction); else the noise follows from ``x`` and the new x0.
+        """
+        changed = Prediction(x0, self.x, self.sigma, "sample", self.cond, self.uncond)
+        if keep_eps:
+            changed.__dict__["eps"] = self.eps
+        return changed

@@ -1,0 +1,49 @@
+"""What the loop and a solver agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .prediction import Prediction
+
+Evaluate = Callable[[Tensor, float], Prediction]
+"""``(x, sigma) -> Prediction``: the denoiser as a solver sees it."""
+
+Draw = Callable[[int], Tensor]
+"""Unit noise like ``x``; the number counts draws within a step."""
+
+
+@dataclass(frozen=True, repr=False)
+class Past:
+    """One earlier point of a run, as multistep solvers remember it: ``x`` at ``sigma`` and its ``x0``."""
+
+    sigma: float
+    x: Tensor
+    x0: Tensor
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise estimate at that point."""
+        return (self.x - self.x0) / self.sigma
+
+
+History = tuple[Past, ...]
+
+
+class Solver(Protocol):
+    """Turns ``(x, sigma, sigma_next)`` and a denoiser into the next ``x``.
+
+    Any function of this form will do. ``denoise`` may be called as often as the order wants; the
+    history that comes back with the next ``x`` is handed in again at the next step. State goes in
+    and comes out: a solver holds none. A planner reads ``order`` and ``evaluations`` where it has them.
+    """
+
+    def __call__(
+        self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
+    ) -> tuple[Tensor, History]:
+        """The next ``x`` and what to remember."""
+        ...

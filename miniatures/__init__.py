@@ -1,0 +1,1 @@
+"""Tiny but genuine Stable Diffusion checkpoints, and the scripts that trained them."""

@@ -1,0 +1,88 @@
+"""Reads diffusers' ``scheduler_config.json``; every option honoured or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..core.errors import BadInput, BadModel
+from .classes import (
+    DDIMConfig,
+    DDPMConfig,
+    DPMSolverMultistepConfig,
+    EulerAncestralDiscreteConfig,
+    EulerDiscreteConfig,
+    HeunDiscreteConfig,
+    PNDMConfig,
+    SchedulerConfig,
+)
+
+SOLVERS: dict[str, type[SchedulerConfig]] = {
+    "ddim": DDIMConfig,
+    "ddpm": DDPMConfig,
+    "dpm++2m": DPMSolverMultistepConfig,
+    "euler": EulerDiscreteConfig,
+    "euler-ancestral": EulerAncestralDiscreteConfig,
+    "heun": HeunDiscreteConfig,
+    "pndm": PNDMConfig,
+}
+"""Solver names of chain files, and the diffusers class each takes its conventions from."""
+
+_CLASSES = {kind.__name__.replace("Config", "Scheduler"): kind for kind in SOLVERS.values()}
+_KNOWN_OPTIONS = {name for kind in SOLVERS.values() for name in kind.model_fields}
+
+
+def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **changes: object) -> SchedulerConfig:
+    """A diffusers scheduler config, optionally for another solver and with options changed.
+
+    Changing the solver is diffusers' ``OtherScheduler.from_config(config)``: options both classes know
+    carry over, the defaults of the first class among them. Options of other classes have no effect in
+    diffusers and none here; an option no class knows, or a value that is not honoured, is refused.
+
+    Raises:
+        BadInput: unknown solver; BadModel: unknown class or option, or a value that is not honoured.
+    """
+    name = str(config.get("_class_name", ""))
+    if name not in _CLASSES:
+        raise BadModel(f"The scheduler class {name or '(none)'} is not supported: use one of {', '.join(sorted(_CLASSES))}.")
+    if solver is not None and solver not in SOLVERS:
+        raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS))}.")
+    own = _CLASSES[name]
+    kind = SOLVERS[solver] if solver else own
+    given = {key: value for key, value in config.items() if not key.startswith("_")} | changes
+    unknown = sorted(given.keys() - _KNOWN_OPTIONS)
+    if unknown:
+        raise BadModel(
+            f"{name} has no option {', '.join(unknown)}: it cannot be honoured, remove it from the scheduler config."
+        )
+    inherited = {key: field.default for key, field in own.model_fields.items()} if kind is not own else {}
+    options = {key: value for key, value in (inherited | given).items() if key in kind.model_fields}
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = ".".join(str(part) for part in fault["loc"])
+        raise BadModel(
+            f"{kind.__name__.replace('Config', 'Scheduler')} option {option} = {fault['input']!r} is not honoured: {fault['msg']}."
+        ) from error
+
+
+def read_scheduler_file(path: Path) -> dict[str, Any]:
+    """The raw options of a ``scheduler_config.json``.
+
+    Raises:
+        BadModel: the file is missing or is not JSON.
+    """
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadModel(f"{path} is missing: a model folder needs its scheduler_config.json.") from error
+    except (ValueError, OSError) as error:
+        raise BadModel(f"{path} is damaged and cannot be read as JSON ({error}).") from error
+    if not isinstance(options, dict):
+        raise BadModel(f"{path} holds a {type(options).__name__} where a scheduler's options are expected.")
+    return options

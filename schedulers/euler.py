@@ -1,0 +1,57 @@
+"""Euler's method and its stochastic sibling, which between them are four of diffusers' schedulers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..core.solver import Draw, Evaluate, History
+
+
+@dataclass(frozen=True)
+class Euler:
+    """One evaluation per step: along the noise estimate to ``sigma_down``, then ``sigma_up`` of new noise.
+
+    In ``x = x0 + sigma * noise`` a first-order step is ``x0 + sigma_next * eps``, and
+
+    - ``eta = 0`` is Euler's method (Karras et al., arXiv:2206.00364, alg. 1 without churn), which on
+      the same sigmas is DDIM (Song et al., arXiv:2010.02502, eq. 12);
+    - ``eta = 1`` is ancestral sampling, i.e. DDPM (Ho et al., arXiv:2006.11239, eq. 6–7);
+    - between them DDIM's eta (eq. 16 there).
+
+    ``variance`` is DDPM's choice of posterior variance: "small" (beta-tilde) or "large" (beta).
+    """
+
+    eta: float = 0.0
+    variance: Literal["small", "large"] = "small"
+    order = 1
+    evaluations = 1
+
+    def __call__(
+        self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
+    ) -> tuple[Tensor, History]:
+        """Next x; keeps no history."""
+        prediction = denoise(x, sigma)
+        if not self.eta or not sigma_next:
+            return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
+        up = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
+        down = (sigma_next**2 - up**2) ** 0.5
+        if self.variance == "large":
+            up = self.eta * ((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)) ** 0.5
+        return prediction.x0.add(prediction.eps, alpha=down).add_(noise(0), alpha=up), ()
+
+
+DDIM = Euler
+"""DDIM(eta): the same integrator on diffusers' timesteps."""
+
+
+def EulerAncestral(eta: float = 1.0) -> Euler:  # noqa: N802
+    """Ancestral Euler (k-diffusion's ``sample_euler_ancestral``)."""
+    return Euler(eta)
+
+
+def DDPM(variance: Literal["small", "large"] = "small") -> Euler:  # noqa: N802
+    """Ancestral sampling with DDPM's choice of variance."""
+    return Euler(1.0, variance)

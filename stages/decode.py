@@ -1,0 +1,90 @@
+"""Latents to pictures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core.errors import NonFinite, Note
+from ..core.latents import Latents
+from ..core.loading import Model
+from .pictures import to_pictures
+
+TILE_FROM = 1536 * 1536
+"""Pictures of more pixels are decoded in tiles unless told otherwise: the decoder's memory grows with them."""
+
+
+def decode(model: Model, latents: Latents, *, tiled: bool | None = None) -> list[Image.Image]:
+    """Decode clean latents to 8-bit RGB pictures.
+
+    Args:
+        tiled: in overlapping tiles, blended (diffusers' tiling); by default for large pictures only.
+
+    Raises:
+        SpaceMismatch: the latents are of another VAE; BadInput: they still hold noise;
+        NonFinite: the decoder gives NaN even in float32.
+
+    Warns:
+        Note: half precision gave NaN and float32 was used.
+    """
+    return to_pictures(decode_tensor(model, latents, tiled=tiled))
+
+
+def decode_tensor(model: Model, latents: Latents, *, tiled: bool | None = None) -> Tensor:
+    """As :func:`decode`, but (batch, 3, height, width), about -1 to 1, in float32."""
+    model.space.require(latents.space, f"The VAE of {model.name}")
+    height, width = latents.size
+    tiled = height * width > TILE_FROM if tiled is None else tiled
+    return torch.cat([_decode_one(model, z, tiled) for z in latents.unscaled.split(1)])
+
+
+def _decode_one(model: Model, z: Tensor, tiled: bool) -> Tensor:
+    if not bool(torch.isfinite(z).all()):
+        raise NonFinite("The latents to decode hold NaN or infinity: the fault lies in the denoising before.")
+    with torch.no_grad(), vae_in_safe_precision(model.vae) as vae, _tiling(vae, tiled):
+        pixels: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+    if bool(torch.isfinite(pixels).all()):
+        return pixels
+    if model.vae.dtype == torch.float32:
+        raise NonFinite("The VAE decoder gave NaN or infinity in float32: its weights or the latents' scale are wrong.")
+    with torch.no_grad(), _in_float32(model.vae) as vae, _tiling(vae, tiled):
+        pixels = vae.decode(z.float(), return_dict=False)[0]
+    if not bool(torch.isfinite(pixels).all()):
+        raise NonFinite("The VAE decoder gave NaN or infinity in half precision and in float32.")
+    warnings.warn(f"The VAE gave NaN in {model.vae.dtype}; the picture was decoded again in float32.", Note, stacklevel=4)
+    return pixels
+
+
+@contextmanager
+def vae_in_safe_precision(vae: Any) -> Iterator[Any]:
+    """The VAE in float32 while it would overflow: in fp16 when its config says ``force_upcast`` (the default)."""
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast", True):
+        with _in_float32(vae) as upcast:
+            yield upcast
+    else:
+        yield vae
+
+
+@contextmanager
+def _in_float32(vae: Any) -> Iterator[Any]:
+    dtype = vae.dtype
+    try:
+        yield vae.to(torch.float32)
+    finally:
+        vae.to(dtype)
+
+
+@contextmanager
+def _tiling(vae: Any, on: bool) -> Iterator[None]:
+    before = vae.use_tiling
+    vae.use_tiling = on
+    try:
+        yield
+    finally:
+        vae.use_tiling = before

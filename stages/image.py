@@ -1,0 +1,63 @@
+"""Pictures to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..core.errors import BadInput
+from ..core.latents import Latents
+from ..core.loading import Model
+from ..core.noise import Noise, NoiseSource
+from .decode import vae_in_safe_precision
+from .pictures import require_size, to_tensor
+
+Posterior = Literal["sample", "mode"]
+
+
+def encode_image(
+    model: Model,
+    pictures: Image.Image | Sequence[Image.Image],
+    *,
+    seeds: Sequence[int] = (0,),
+    stream: str = "",
+    posterior: Posterior = "sample",
+    source: NoiseSource | None = None,
+) -> Latents:
+    """Clean latents of pictures, one per seed (one picture serves all seeds).
+
+    Args:
+        posterior: "sample" draws from the VAE's posterior, as diffusers does; "mode" takes its mean.
+
+    Raises:
+        BadInput: sides are no multiples of the VAE's downscale, or pictures and seeds do not match.
+    """
+    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    for picture in several:
+        require_size(picture.size, model.space)
+    tensor = _one_per_seed(to_tensor(several), len(seeds))
+    source = source or Noise(tuple(seeds), stream)
+    return Latents(encode_tensor(model, tensor, posterior, source), model.space, 0.0, tuple(seeds), stream)
+
+
+def encode_tensor(
+    model: Model, pixels: Tensor, posterior: Posterior, source: NoiseSource, purpose: str = "posterior"
+) -> Tensor:
+    """(batch, 3, height, width) in [-1, 1] to scaled latents in float32."""
+    with torch.no_grad(), vae_in_safe_precision(model.vae) as vae:
+        # One picture at a time: the encoder's memory would grow with the batch, its speed would not.
+        parts = [vae.encode(pixel.to(model.device, vae.dtype)).latent_dist for pixel in pixels.split(1)]
+    mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
+    if posterior == "sample":
+        mean = mean + std * source(mean.shape, purpose).to(mean)
+    return mean * model.space.scaling
+
+
+def _one_per_seed(pixels: Tensor, seeds: int) -> Tensor:
+    if len(pixels) not in (1, seeds):
+        raise BadInput(f"{len(pixels)} pictures were given with {seeds} seeds: give one picture for all, or one per seed.")
+    return pixels.expand(seeds, -1, -1, -1)

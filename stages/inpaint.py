@@ -1,0 +1,152 @@
+"""Repainting a part: white repaints, black keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
+
+from ..core.conditioning import Conditioning
+from ..core.denoiser import Denoiser
+from ..core.errors import BadInput
+from ..core.latents import Latents, LatentSpace
+from ..core.loading import Model
+from ..core.loop import Step
+from ..core.noise import Noise, NoiseSource
+from ..core.prediction import Prediction
+from ..core.schedule import Schedule
+from .image import Posterior, encode_tensor
+from .pictures import as_mask, require_size, to_tensor
+
+Downsample = Literal["max", "area", "nearest"]
+
+
+def latent_mask(mask: Image.Image, space: LatentSpace, downsample: Downsample = "max") -> Tensor:
+    """A mask on the latent grid, (1, 1, height / downscale, width / downscale), 1 where it repaints.
+
+    Args:
+        downsample: "max" repaints a cell if any of its pixels is white; "area" by their share (a soft
+            mask, for blends only); "nearest" looks at the upper left pixel alone, as diffusers does,
+            so that thin strokes can vanish.
+
+    Raises:
+        BadInput: sides are no multiples of the downscale, or nothing is white.
+    """
+    require_size(mask.size, space, "The mask")
+    pixels = _binary(mask)
+    if not bool(pixels.any()):
+        raise BadInput("The mask is black everywhere, so there is nothing to repaint: white marks what is repainted.")
+    if downsample == "nearest":
+        return pixels[:, :, :: space.downscale, :: space.downscale]
+    pool = F.max_pool2d if downsample == "max" else F.avg_pool2d
+    return pool(pixels, space.downscale)
+
+
+def inpaint_channels(
+    model: Model,
+    picture: Image.Image,
+    mask: Image.Image,
+    *,
+    seeds: Sequence[int] = (0,),
+    stream: str = "",
+    posterior: Posterior = "sample",
+    downsample: Downsample = "max",
+    source: NoiseSource | None = None,
+) -> Tensor:
+    """What a 9-channel UNet takes beside the latents: mask and latents of the picture with its masked part grey.
+
+    Returns:
+        (seeds, 5, height, width); put it into a conditioning with :func:`with_channels`.
+    """
+    require_same_size(picture, mask)
+    require_size(picture.size, model.space)
+    cells = (latent_mask(mask, model.space, downsample) > 0).float()
+    pixels = (to_tensor(picture) * (_binary(mask) < 0.5)).expand(len(seeds), -1, -1, -1)
+    masked = encode_tensor(model, pixels, posterior, source or Noise(tuple(seeds), stream), "masked posterior")
+    return torch.cat([cells.to(masked).expand(len(seeds), -1, -1, -1), masked], dim=1)
+
+
+def with_channels(conditioning: Conditioning, channels: Tensor) -> Conditioning:
+    """The conditioning for a UNet that takes further channels."""
+    return replace(conditioning.expand(max(len(conditioning), len(channels))), channels=channels)
+
+
+def known(clean: Latents, unit: Tensor, schedule: Schedule) -> Callable[[float], Tensor]:
+    """The kept picture's latents at each noise level of a run: with the run's own noise, clean at its end."""
+    end = schedule.sigmas[-1]
+
+    def at(sigma: float) -> Tensor:
+        if sigma == end and sigma <= clean_end(schedule):
+            return clean.x * math.sqrt(1.0 + sigma**2)  # the variance-preserving state is the clean picture
+        return clean.x + sigma * unit
+
+    return at
+
+
+def clean_end(schedule: Schedule) -> float:
+    """The lowest training noise, where a schedule may end and count as clean; 0 if it is not known."""
+    return schedule.training_sigmas[0] if schedule.training_sigmas else 0.0
+
+
+def keep_known(mask: Tensor, known_at: Callable[[float], Tensor]) -> Callable[[Step], None]:
+    """A hook that puts the kept part back after every step, for UNets of 4 channels.
+
+    (Blended diffusion: Avrahami et al., arXiv:2111.14818; RePaint: Lugmayr et al., arXiv:2201.09865, eq. 8.)
+    """
+
+    def hook(step: Step) -> None:
+        step.x = torch.lerp(known_at(step.sigma_next), step.x, mask.to(step.x))
+
+    return hook
+
+
+def keeping_known(denoiser: Denoiser, mask: Tensor, known_at: Callable[[float], Tensor], start: float) -> Denoiser:
+    """The same before every evaluation inside a step (Heun's second), not at the run's ``start``, which is noise."""
+
+    def denoise(x: Tensor, sigma: float, timestep: float) -> Prediction:
+        if sigma != start:
+            x = torch.lerp(known_at(sigma), x, mask.to(x))
+        return denoiser(x, sigma, timestep)
+
+    return denoise
+
+
+def composite(original: Image.Image, painted: Image.Image, mask: Image.Image, blur: float = 0.0) -> Image.Image:
+    """``painted`` where the mask is white, ``original`` bit for bit where it is black.
+
+    Args:
+        blur: radius in pixels over which the edge is faded, inwards only.
+    """
+    require_same_size(original, mask)
+    require_same_size(painted, mask)
+    hard = as_mask(mask).point([255 * (v >= 128) for v in range(256)])
+    soft = ImageChops.darker(hard, hard.filter(ImageFilter.GaussianBlur(blur))) if blur else hard
+    return Image.composite(painted.convert("RGB"), original.convert("RGB"), soft)
+
+
+def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """A preview: what will be repainted, tinted red."""
+    require_same_size(picture, mask)
+    red = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, (255, 0, 0)), 0.5)
+    return Image.composite(red, picture.convert("RGB"), as_mask(mask))
+
+
+def require_same_size(picture: Image.Image, mask: Image.Image) -> None:
+    """Raise BadInput unless picture and mask are of one size."""
+    if picture.size != mask.size:
+        raise BadInput(
+            f"The mask is {mask.width}x{mask.height} but the picture is {picture.width}x{picture.height}: "
+            "they must be of one size."
+        )
+
+
+def _binary(mask: Image.Image) -> Tensor:
+    grey = np.asarray(as_mask(mask))
+    return torch.from_numpy((grey >= 128).astype(np.float32))[None, None]
