@@ -159,10 +159,15 @@ def _read_tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers logs what we raise as errors."""
-    logger = logging.getLogger("diffusers")
+    """diffusers logs what we raise as errors, transformers draws a bar per component."""
+    from transformers.utils import logging as transformers_logging
+
+    logger, bars = logging.getLogger("diffusers"), transformers_logging.is_progress_bar_enabled()
     level, logger.level = logger.level, logging.CRITICAL
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.level = level
+        if bars:
+            transformers_logging.enable_progress_bar()

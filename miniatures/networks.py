@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .world import SIZE
@@ -101,10 +101,10 @@ def widened(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return wide
 
 
-def save_network(network: nn.Module, folder: Path) -> None:
+def save_network(network: Any, folder: Path) -> None:
     """Write a network as diffusers would, in half precision; whoever reads the folder sees old or new, not both."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as fresh:
-        half: Any = copy.deepcopy(network).half().to(memory_format=torch.contiguous_format)
+        half = copy.deepcopy(network).half().to(memory_format=torch.contiguous_format)
         half.save_pretrained(fresh)
         config = json.loads(Path(fresh, "config.json").read_text("utf-8"))
         config.pop("_name_or_path", None)  # where it lay on the machine that trained it

@@ -14,10 +14,10 @@ from typing import Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate, mse_loss
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import networks, words, world
@@ -61,7 +61,7 @@ def likeness(ours: Tensor, theirs: Tensor) -> Tensor:
     total = ours.new_zeros(())
     for scale in range(3):
         if scale:
-            ours, theirs = F.avg_pool2d(ours, 2), F.avg_pool2d(theirs, 2)
+            ours, theirs = avg_pool2d(ours, 2), avg_pool2d(theirs, 2)
         difference = ours - theirs
         total = total + difference.abs().mean() + (difference - difference.roll(1, 1)).abs().mean()
         total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
@@ -138,7 +138,7 @@ def train_decoder(args: argparse.Namespace) -> None:
 def latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """The posterior means of pictures, unscaled."""
     with torch.no_grad():
-        return torch.cat([vae.encode(batch).latent_dist.mean for batch in pictures.split(64)])
+        return torch.cat([vae.encode(batch).latent_dist.mean for batch in torch.split(pictures, 64)])
 
 
 # --- the denoisers --------------------------------------------------------------------------------------------
@@ -157,7 +157,8 @@ class Denoising:
 
     def scaled(self, pictures: Tensor) -> Tensor:
         """Latents in the units the denoisers work in."""
-        return latents(self.vae, pictures) * self.vae.config.scaling_factor
+        factor: float = self.vae.config.scaling_factor
+        return latents(self.vae, pictures) * factor
 
     def tokens(self, tokenizer: CLIPTokenizer, step: int, chosen: Sequence[int]) -> Tensor:
         """A fresh caption for each chosen thing; one in ten is empty, which is what guidance steers away from."""
@@ -177,7 +178,7 @@ class Denoising:
         signal = kept.sqrt().view(-1, 1, 1, 1) * clean
         noisy = signal + (1 - kept).sqrt().view(-1, 1, 1, 1) * noise
         inputs = torch.cat([noisy, *beside], 1).contiguous(memory_format=torch.channels_last)
-        error = F.mse_loss(unet(inputs, steps, text).sample, noise, reduction="none").mean((1, 2, 3))
+        error = mse_loss(unet(inputs, steps, text).sample, noise, reduction="none").mean((1, 2, 3))
         ratio = kept / (1 - kept)
         return (error * ratio.clamp(max=5) / ratio).mean()
 
@@ -244,7 +245,7 @@ def train_inpainting(args: argparse.Namespace) -> None:
     rng = random.Random(f"{args.seed}/holes")
     masks = torch.stack([torch.stack([hole(rng) for _ in range(HOLES)]) for _ in task.things])
     around = torch.stack([task.scaled(one * (cut < 0.5)) for one, cut in zip(task.pictures, masks, strict=True)])
-    small = F.interpolate(masks.flatten(0, 1), size=around.shape[-2:]).unflatten(0, (-1, HOLES))
+    small = interpolate(masks.flatten(0, 1), size=around.shape[-2:]).view(len(masks), HOLES, 1, *around.shape[-2:])
 
     def losses(step: int) -> Losses:
         chosen = turn(step, args.batch, len(task.things), args.seed)

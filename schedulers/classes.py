@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,8 @@ class SchedulerConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: ClassVar[str]
 
     num_train_timesteps: int = Field(1000, ge=1)
     beta_start: float = 0.0001
@@ -68,7 +70,7 @@ class SchedulerConfig(BaseModel):
             tuple(timesteps[:keep]),
             self.training_sigmas(),
             self._start_std(sigmas[0]),
-            origin=f"{type(self).__name__.removesuffix('Config')}, {self._spacing_name()}",
+            origin=f"{self.name}, {self._spacing_name()}",
         )
 
     def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
@@ -109,12 +111,13 @@ class SchedulerConfig(BaseModel):
         return float((1.0 + sigma**2) ** 0.5)
 
     def _spacing_name(self) -> str:
-        return f"{self.timestep_spacing} spacing"
+        return self.timestep_spacing
 
 
 class DDIMConfig(SchedulerConfig):
     """``DDIMScheduler``."""
 
+    name: ClassVar[str] = "ddim"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
@@ -139,6 +142,7 @@ class DDIMConfig(SchedulerConfig):
 class DDPMConfig(SchedulerConfig):
     """``DDPMScheduler``."""
 
+    name: ClassVar[str] = "ddpm"
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
@@ -149,13 +153,16 @@ class DDPMConfig(SchedulerConfig):
 
     def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
         """Ancestral Euler."""
-        euler = Euler(1.0, "large" if self.variance_type == "fixed_large" else "small")
+        euler = Euler(1.0)
+        if self.variance_type == "fixed_large":
+            euler = Euler(1.0, "large", self.training_sigmas()[0] if faithful else math.inf)
         return Clipped(euler, self.clip_sample_range) if self.clip_sample else euler
 
 
 class PNDMConfig(SchedulerConfig):
     """``PNDMScheduler``."""
 
+    name: ClassVar[str] = "pndm"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False
@@ -194,12 +201,13 @@ class _SigmaConfig(SchedulerConfig):
         return super()._start_std(sigma) if self.timestep_spacing == "leading" else sigma
 
     def _spacing_name(self) -> str:
-        return "Karras sigmas" if self.use_karras_sigmas else super()._spacing_name()
+        return "Karras" if self.use_karras_sigmas else super()._spacing_name()
 
 
 class EulerDiscreteConfig(_SigmaConfig):
     """``EulerDiscreteScheduler``."""
 
+    name: ClassVar[str] = "euler"
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     sigma_min: float | None = None
@@ -234,6 +242,7 @@ class EulerDiscreteConfig(_SigmaConfig):
 class EulerAncestralDiscreteConfig(_SigmaConfig):
     """``EulerAncestralDiscreteScheduler``."""
 
+    name: ClassVar[str] = "euler-ancestral"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     use_karras_sigmas: Literal[False] = False
     rescale_betas_zero_snr: bool = False
@@ -246,6 +255,7 @@ class EulerAncestralDiscreteConfig(_SigmaConfig):
 class HeunDiscreteConfig(_SigmaConfig):
     """``HeunDiscreteScheduler``."""
 
+    name: ClassVar[str] = "heun"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     clip_sample: bool = False
@@ -259,6 +269,7 @@ class HeunDiscreteConfig(_SigmaConfig):
 class DPMSolverMultistepConfig(_SigmaConfig):
     """``DPMSolverMultistepScheduler``, first and second order."""
 
+    name: ClassVar[str] = "dpm++2m"
     solver_order: Literal[1, 2] = 2
     thresholding: Literal[False] = False
     dynamic_thresholding_ratio: float = 0.995

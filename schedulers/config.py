@@ -22,13 +22,16 @@ from .classes import (
 )
 
 SOLVERS: dict[str, type[SchedulerConfig]] = {
-    "ddim": DDIMConfig,
-    "ddpm": DDPMConfig,
-    "dpm++2m": DPMSolverMultistepConfig,
-    "euler": EulerDiscreteConfig,
-    "euler-ancestral": EulerAncestralDiscreteConfig,
-    "heun": HeunDiscreteConfig,
-    "pndm": PNDMConfig,
+    kind.name: kind
+    for kind in (
+        DDIMConfig,
+        DDPMConfig,
+        DPMSolverMultistepConfig,
+        EulerAncestralDiscreteConfig,
+        EulerDiscreteConfig,
+        HeunDiscreteConfig,
+        PNDMConfig,
+    )
 }
 """Solver names of chain files, and the diffusers class each takes its conventions from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +22,15 @@ class Euler:
     - ``eta = 1`` is ancestral sampling, i.e. DDPM (Ho et al., arXiv:2006.11239, eq. 6–7);
     - between them DDIM's eta (eq. 16 there).
 
-    ``variance`` is DDPM's choice of posterior variance: "small" (beta-tilde) or "large" (beta).
+    Args:
+        variance: DDPM's choice of posterior variance, "small" (beta-tilde) or "large" (beta).
+        noise_at_end: with "large", add noise in the step to 0 too if it starts above this sigma. The
+            paper adds none; diffusers does unless the step starts at timestep 0.
     """
 
     eta: float = 0.0
     variance: Literal["small", "large"] = "small"
+    noise_at_end: float = math.inf
     order = 1
     evaluations = 1
 
@@ -34,7 +39,7 @@ class Euler:
     ) -> tuple[Tensor, History]:
         """Next x; keeps no history."""
         prediction = denoise(x, sigma)
-        if not self.eta or not sigma_next:
+        if not self.eta or (not sigma_next and sigma <= self.noise_at_end):
             return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
         up = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
         down = (sigma_next**2 - up**2) ** 0.5

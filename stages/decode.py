@@ -41,7 +41,7 @@ def decode_tensor(model: Model, latents: Latents, *, tiled: bool | None = None) 
     model.space.require(latents.space, f"The VAE of {model.name}")
     height, width = latents.size
     tiled = height * width > TILE_FROM if tiled is None else tiled
-    return torch.cat([_decode_one(model, z, tiled) for z in latents.unscaled.split(1)])
+    return torch.cat([_decode_one(model, z, tiled) for z in torch.split(latents.unscaled, 1)])
 
 
 def _decode_one(model: Model, z: Tensor, tiled: bool) -> Tensor:

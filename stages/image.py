@@ -50,7 +50,7 @@ def encode_tensor(
     """(batch, 3, height, width) in [-1, 1] to scaled latents in float32."""
     with torch.no_grad(), vae_in_safe_precision(model.vae) as vae:
         # One picture at a time: the encoder's memory would grow with the batch, its speed would not.
-        parts = [vae.encode(pixel.to(model.device, vae.dtype)).latent_dist for pixel in pixels.split(1)]
+        parts = [vae.encode(pixel.to(model.device, vae.dtype)).latent_dist for pixel in torch.split(pixels, 1)]
     mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
     if posterior == "sample":
         mean = mean + std * source(mean.shape, purpose).to(mean)

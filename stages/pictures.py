@@ -17,6 +17,8 @@ from ..core.latents import LatentSpace
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded (decompression bombs)."""
 
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """The only formats that are opened."""
 
@@ -48,23 +50,11 @@ def as_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         image = Image.fromarray(grey.astype(np.uint8))
-    if image.mode in ("I", "F") or image.mode not in (
-        "1",
-        "L",
-        "LA",
-        "La",
-        "P",
-        "PA",
-        "RGB",
-        "RGBA",
-        "RGBa",
-        "CMYK",
-        "YCbCr",
-    ):
+    if image.mode not in _MODES:
         raise BadInput(f"{name} has mode {image.mode}, whose range is not known: save it as 8-bit RGB.")
     if _has_alpha(image):
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:  # type: ignore[index]
+        if _is_transparent(rgba):
             warnings.warn(f"{name} is partly transparent; it was laid on white.", Note, stacklevel=2)
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
@@ -73,7 +63,7 @@ def as_rgb(image: Image.Image, name: str = "The picture") -> Image.Image:
 
 def as_mask(image: Image.Image, name: str = "The mask") -> Image.Image:
     """Any readable mode as 8-bit grey; see :func:`read_mask`."""
-    if _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
+    if _has_alpha(image) and _is_transparent(image.convert("RGBA")):
         raise BadInput(
             f"{name} has transparent parts, and it is unclear whether they mean keep or repaint: "
             "save it without alpha, white where it shall be repainted."
@@ -98,9 +88,8 @@ def to_tensor(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
     """Pictures of one size as (batch, 3, height, width) in [-1, 1]."""
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if len({picture.size for picture in several}) > 1:
-        raise BadInput(
-            f"The pictures of a batch must be of one size, got {', '.join('x'.join(map(str, p.size)) for p in several)}."
-        )
+        sizes = ", ".join(f"{p.width}x{p.height}" for p in several)
+        raise BadInput(f"The pictures of a batch must be of one size, got {sizes}.")
     array = np.stack([np.asarray(picture.convert("RGB")) for picture in several])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
@@ -117,18 +106,13 @@ def _open(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise BadInput(
-                    f"{path} has {image.width}x{image.height} pixels, more than the {MAX_PIXELS / 1e6:.0f} million that are opened: "
-                    "make it smaller first."
-                )
+                raise _too_large(path)
             image.load()
             return image
     except FileNotFoundError as error:
         raise BadInput(f"There is no picture at {path}.") from error
     except Image.DecompressionBombError as error:
-        raise BadInput(
-            f"{path} has more pixels than the {MAX_PIXELS / 1e6:.0f} million that are opened: make it smaller first."
-        ) from error
+        raise _too_large(path) from error
     except UnidentifiedImageError as error:
         raise BadInput(f"{path} is not a picture of a known format ({', '.join(FORMATS)}).") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -137,3 +121,12 @@ def _open(path: str | Path) -> Image.Image:
 
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def _is_transparent(rgba: Image.Image) -> bool:
+    return any(rgba.getchannel("A").histogram()[:255])
+
+
+def _too_large(path: str | Path) -> BadInput:
+    limit = f"{MAX_PIXELS / 1e6:.0f} million"
+    return BadInput(f"{path} has more pixels than the {limit} that are opened: make it smaller first.")

@@ -1,0 +1,205 @@
+"""The command line: run, plan, models, doctor."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .core.errors import UnrolledError
+
+if TYPE_CHECKING:
+    from .chains.chain import Chain, Stage
+    from .chains.plan import StagePlan
+    from .core.loading import Shelf
+    from .core.loop import Step
+
+INTERRUPTED, OUT_OF_MEMORY = 130, 6
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out, err = Console(), Console(stderr=True)
+
+ChainFile = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain file, or the name of one that comes along.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a key of a stage.")]
+Prompt = Annotated[str | None, typer.Option(help="What to paint.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first image; -1 draws one. Image i has seed + i.")]
+Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
+Batch = Annotated[int | None, typer.Option(help="Number of images.")]
+Scale = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Strength = Annotated[float | None, typer.Option(help="How much to change a picture, above 0 to 1.")]
+Models = Annotated[str, typer.Option(help="miniature (offline), hub, or a folder that holds model folders.")]
+
+
+@app.command()
+def run(
+    chain: ChainFile,
+    overrides: Overrides = None,
+    prompt: Prompt = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    cfg_scale: Scale = None,
+    strength: Strength = None,
+    output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
+    models: Models = "miniature",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default CUDA if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")] = True,
+) -> None:
+    """Run a chain and write its pictures."""
+    from .chains.run import run as run_chain
+
+    job = _chain(chain, overrides, prompt, seed, steps, batch, cfg_scale, strength)
+    with _bars(job, on=progress and err.is_terminal) as watch:
+        result = run_chain(job, _shelf(models, device, dtype), output, watch)
+    for note in dict.fromkeys(result.notes):
+        err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+    for file in result.files:
+        out.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    chain: ChainFile,
+    overrides: Overrides = None,
+    prompt: Prompt = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    cfg_scale: Scale = None,
+    strength: Strength = None,
+    models: Models = "miniature",
+) -> None:
+    """Show what a chain will run, and find its mistakes, without loading a model."""
+    from .chains.plan import plan as plan_chain
+
+    job = _chain(chain, overrides, prompt, seed, steps, batch, cfg_scale, strength)
+    out.print(_plan_table(plan_chain(job, models), job))
+
+
+@app.command()
+def models() -> None:
+    """List the models that have short names."""
+    from .core.catalog import CATALOG
+
+    table = Table("name", "what it is", "on the hub")
+    for name, entry in CATALOG.items():
+        table.add_row(name, entry.about, entry.hub)
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the device, and which attention backends can run here."""
+    import torch
+
+    from .chains.record import versions
+    from .kernels import backends
+
+    table = Table("what", "found", show_header=False)
+    for package, found in versions().items():
+        table.add_row(package, found)
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the CPU is used"
+    table.add_row("CUDA device", cuda)
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    for name, reason in backends().items():
+        table.add_row(f"attention: {name}", reason or "can run")
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: every fault of the input is one sentence on standard error and an exit code, no traceback.
+
+    Exit codes: 0 done; 2 bad input or chain; 3 model; 4 latents of another space; 5 NaN or infinity;
+    6 out of memory; 7 cannot write; 130 interrupted.
+    """
+    try:
+        app()
+    except UnrolledError as error:
+        err.print(f"[red]unrolled:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        err.print("[red]unrolled:[/red] Out of memory: make the batch or the picture smaller.", highlight=False)
+        sys.exit(OUT_OF_MEMORY)
+    except KeyboardInterrupt:
+        err.print("[red]unrolled:[/red] Interrupted; what was finished is in the output folder.", highlight=False)
+        sys.exit(INTERRUPTED)
+
+
+def _chain(
+    source: str,
+    overrides: list[str] | None,
+    prompt: str | None,
+    seed: int | None,
+    steps: int | None,
+    batch: int | None,
+    cfg_scale: float | None,
+    strength: float | None,
+) -> Chain:
+    from .chains.chain import read_chain
+
+    seed = secrets.randbelow(2**32) if seed == -1 else seed
+    shared: dict[str, Any] = {"prompt": prompt, "seed": seed, "steps": steps, "batch": batch}
+    return read_chain(source, overrides or (), **shared, guidance_scale=cfg_scale, strength=strength)
+
+
+def _shelf(models: str, device: str | None, dtype: str | None) -> Shelf:
+    import torch
+
+    from .core.errors import BadInput
+    from .core.loading import Shelf, require_known_device
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in known:
+        raise BadInput(f"There is no dtype {dtype!r}: use {', '.join(known)}.")
+    if device is not None:
+        require_known_device(device)
+    return Shelf(models, device, known[dtype] if dtype else None)
+
+
+@contextmanager
+def _bars(chain: Chain, on: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not on) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(stage: Stage, step: Step) -> None:
+            if stage.name not in tasks:
+                tasks[stage.name] = progress.add_task(stage.name, total=step.total, completed=step.index)
+            progress.update(tasks[stage.name], completed=step.index + 1)
+
+        yield watch
+
+
+def _plan_table(stages: list[StagePlan], chain: Chain) -> Table:
+    table = Table(title=f"{len(stages)} stages, seeds {', '.join(map(str, chain.seeds()))}")
+    for column in ("stage", "takes", "model", "solver", "steps", "calls", "sigma", "size"):
+        table.add_column(column, overflow="fold")
+    for item in stages:
+        row = [item.stage.name, item.takes, "", "", "", "", "", f"{item.size[0]}x{item.size[1]}"]
+        if item.run is not None:
+            levels = item.run.schedule.sigmas
+            row[2:4] = [getattr(item.stage, "model", ""), item.run.schedule.origin]
+            row[4:7] = [str(len(item.run.schedule)), str(item.evaluations), f"{levels[0]:.3g} → {levels[-1]:.3g}"]
+        table.add_row(*map(_escape, row))
+    notes = [f"{item.stage.name}: {note}" for item in stages for note in item.notes]
+    table.caption = _escape("\n".join(notes)) or None
+    return table
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

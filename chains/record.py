@@ -1,0 +1,106 @@
+"""What is written into and beside a picture, so that it can be made again."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+
+from ..core.loading import Model
+from ..stages.finish import FORMATS
+from .chain import Chain, Denoising, ImageToImage, Inpaint
+
+_PACKAGES = ("unrolled", "torch", "diffusers", "transformers", "safetensors", "pillow", "triton", "xformers")
+_USER_COMMENT = 0x9286
+
+_A1111_NAMES = {
+    "ddim": "DDIM", "ddpm": "DDPM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-ancestral": "Euler a",
+    "heun": "Heun", "pndm": "PLMS",
+}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a picture, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def manifest(
+    chain: Chain, seed: int, models: Mapping[str, Model], notes: Sequence[str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything that made one picture: chain, seed, weights, versions, device, notes."""
+    first = next(iter(models.values()), None)
+    return {
+        "chain": chain.model_dump(mode="json") | {"seed": seed, "batch": 1},
+        "models": {name: dict(model.fingerprints) for name, model in models.items()},
+        "versions": versions(),
+        "device": _device_name(first.device) if first else "none",
+        "dtype": str(first.dtype).removeprefix("torch.") if first else "none",
+        "notes": list(notes),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+
+def parameters(chain: Chain, seed: int, size: tuple[int, int], models: Mapping[str, Model]) -> str:
+    """The last denoising stage in the form AUTOMATIC1111's web UI writes and many tools read."""
+    stage = next((s for s in reversed(chain.stages) if isinstance(s, Denoising)), None)
+    if stage is None:
+        return ""
+    facts: dict[str, object] = {"Steps": stage.steps, "Sampler": _sampler(stage, models)}
+    scales = stage.guidance_scale if isinstance(stage.guidance_scale, list) else [stage.guidance_scale]
+    facts |= {"CFG scale": f"{scales[0]:g}", "Seed": seed, "Size": f"{size[0]}x{size[1]}"}
+    if stage.model in models:
+        facts["Model hash"] = models[stage.model].fingerprints["unet"][:10]
+    facts["Model"] = stage.model
+    if isinstance(stage, ImageToImage | Inpaint) and stage.strength is not None:
+        facts["Denoising strength"] = f"{stage.strength:g}"
+    if stage.clip_skip:
+        facts["Clip skip"] = stage.clip_skip + 1  # the web UI counts from 1
+    facts["Version"] = f"unrolled {versions().get('unrolled', 'unknown')}"
+    negative = f"Negative prompt: {stage.negative_prompt}\n" if stage.negative_prompt else ""
+    return f"{stage.prompt}\n{negative}" + ", ".join(f"{key}: {_quoted(value)}" for key, value in facts.items())
+
+
+def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any]) -> bytes:
+    """The picture as PNG (text chunks), JPEG or WebP (EXIF user comment) with ``text`` and the manifest in it."""
+    file, rgb = io.BytesIO(), picture.convert("RGB")
+    if ending == "png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("parameters", text) if not text.isascii() else chunks.add_text("parameters", text)
+        chunks.add_text("unrolled", json.dumps(facts))
+        rgb.save(file, "PNG", pnginfo=chunks)
+        return file.getvalue()
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    quality: dict[str, Any] = {"quality": 95} if ending in ("jpg", "jpeg") else {"lossless": True}
+    rgb.save(file, FORMATS[ending], exif=exif.tobytes(), **quality)
+    return file.getvalue()
+
+
+def _sampler(stage: Denoising, models: Mapping[str, Model]) -> str:
+    own = str(models[stage.model].scheduler.get("_class_name", "")) if stage.model in models else ""
+    name = _A1111_NAMES.get(stage.solver or "", stage.solver or own.removesuffix("Scheduler"))
+    name = "PLMS" if name == "PNDM" else name
+    return f"{name} Karras" if stage.scheduler.get("use_karras_sigmas") else name
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text) if any(mark in text for mark in ",:\n") else text
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

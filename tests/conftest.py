@@ -1,0 +1,134 @@
+"""Tiny random Stable Diffusion checkpoints in the diffusers folder layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import unrolled
+from unrolled.core.loading import Model, load
+
+TOKENIZER = Path(unrolled.__file__).parent / "miniatures" / "sd-1.5" / "tokenizer"
+
+SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def write_tiny(folder: Path, in_channels: int = 4) -> Path:
+    """A complete checkpoint of a few thousand random parameters; VAE downscale 8, native size 64 px."""
+    torch.manual_seed(0)
+    vocabulary = json.loads((TOKENIZER / "vocab.json").read_text())
+    end = vocabulary["<|endoftext|>"]
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    for name, part in [("text_encoder", text), ("unet", unet), ("vae", vae)]:
+        part.save_pretrained(folder / name, safe_serialization=True)
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD15_SCHEDULER))
+    index = {
+        "_class_name": "StableDiffusionPipeline" if in_channels == 4 else "StableDiffusionInpaintPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_inpaint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny-inpaint", in_channels=9)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Model:
+    return load(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_inpaint(tiny_inpaint_folder: Path) -> Model:
+    return load(str(tiny_inpaint_folder), device="cpu")
+
+
+@pytest.fixture
+def broken(tiny_folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the tiny checkpoint to damage."""
+    yield Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """A 64x64 picture with edges and gradients."""
+    image = Image.radial_gradient("L").resize((64, 64))
+    image = Image.merge("RGB", (image, image.rotate(90), Image.linear_gradient("L").resize((64, 64))))
+    ImageDraw.Draw(image).rectangle((10, 20, 40, 50), fill=(200, 30, 60))
+    return image
+
+
+@pytest.fixture(scope="session")
+def mask() -> Image.Image:
+    """White in the middle, with an edge that no latent cell is aligned to."""
+    image = Image.new("L", (64, 64))
+    ImageDraw.Draw(image).rectangle((13, 19, 45, 51), fill=255)
+    return image
