@@ -150,8 +150,7 @@ class Chain(_Checked):
     def _name_stages(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("stages"), Sequence):
             stages = [s if isinstance(s, dict) else s.model_dump() for s in values["stages"]]
-            named = [s if s.get("name") else s | {"name": f"{s.get('do', 'stage')}-{i + 1}"} for i, s in enumerate(stages)]
-            return values | {"stages": named}
+            return values | {"stages": [s | {"name": n} for s, n in zip(stages, stage_names(stages), strict=True)]}
         return values
 
     @model_validator(mode="after")
@@ -173,6 +172,16 @@ class Chain(_Checked):
     def seeds(self) -> tuple[int, ...]:
         """One per image: seed + i."""
         return tuple(self.seed + i for i in range(self.batch))
+
+
+def stage_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The stages' own names; else what they do, numbered from the second of a kind on."""
+    names: list[str] = []
+    for stage in stages:
+        plain = str(stage.get("name") or stage.get("do", "stage"))
+        again = sum(name == plain or name.startswith(f"{plain}-") for name in names)
+        names.append(plain if stage.get("name") or not again else f"{plain}-{again + 1}")
+    return names
 
 
 def packaged_chains() -> dict[str, Path]:
@@ -255,10 +264,12 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
     first, dot, rest = key.strip().partition(".")
     if not dot:
         return _everywhere(document, stages, first, value)
-    names = [str(stage.get("name") or f"{stage.get('do')}-{i + 1}") for i, stage in enumerate(stages)]
-    if first not in names:
+    names = stage_names(stages)
+    shared = any(first in kind.model_fields for kind in _KINDS.values())
+    if first not in names and not shared:
         raise BadChain(f"--set {override!r} names no stage of this chain; its stages are {', '.join(names)}.")
-    target = stages[names.index(first)]
+    # A table such as scheduler may be reached into for all stages at once.
+    target = stages[names.index(first)] if first in names else document.setdefault(first, {})
     *parents, last = rest.split(".")
     for parent in parents:
         target = target.setdefault(parent, {})

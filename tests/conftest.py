@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import unrolled
+from unrolled.core.latents import LatentSpace
 from unrolled.core.loading import Model, load
 
 TOKENIZER = Path(unrolled.__file__).parent / "miniatures" / "sd-1.5" / "tokenizer"
@@ -132,3 +133,9 @@ def mask() -> Image.Image:
     image = Image.new("L", (64, 64))
     ImageDraw.Draw(image).rectangle((13, 19, 45, 51), fill=255)
     return image
+
+
+@pytest.fixture
+def space() -> LatentSpace:
+    """A latent space of no model."""
+    return LatentSpace("AutoencoderKL", 4, 8, 0.18215, "0123456789abcdef")

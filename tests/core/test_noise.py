@@ -1,0 +1,70 @@
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from unrolled.core.errors import BadInput
+from unrolled.core.noise import DiffusersNoise, Noise
+
+SHAPE = (4, 8, 8)
+
+
+def test_an_image_does_not_change_with_the_batch() -> None:
+    together = Noise((3, 1, 4))((3, *SHAPE), "latents")
+    for i, seed in enumerate((3, 1, 4)):
+        assert torch.equal(Noise((seed,))((1, *SHAPE), "latents")[0], together[i])
+
+
+def test_an_image_does_not_change_with_earlier_draws() -> None:
+    noise = Noise((5,))
+    once = noise((1, *SHAPE), "step", 3, 1)
+    torch.randn(100)
+    noise((1, *SHAPE), "posterior")
+    noise((1, *SHAPE), "step", 2)
+    assert torch.equal(noise((1, *SHAPE), "step", 3, 1), once)
+
+
+def test_drawing_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(3)
+    torch.manual_seed(0)
+    Noise((5,))((1, *SHAPE), "latents")
+    assert torch.equal(torch.randn(3), wanted)
+
+
+def test_every_place_has_its_own_numbers() -> None:
+    places = [("latents", 0, 0), ("step", 0, 0), ("step", 1, 0), ("step", 0, 1), ("step", 10, 0), ("posterior", 0, 0)]
+    draws = [Noise((seed,), stream)((1, *SHAPE), *p) for seed in (0, 1, -1) for stream in ("", "a") for p in places]
+    for i, a in enumerate(draws):
+        assert all((a - b).abs().max() > 0.1 for b in draws[:i])
+
+
+def test_of_is_the_same_seeds_on_another_stream() -> None:
+    assert Noise((1, 2)).of("refine") == Noise((1, 2), "refine")
+
+
+def test_it_is_unit_normal_float32_on_the_cpu() -> None:
+    draw = Noise((0,))((1, 4, 128, 128), "latents")
+    assert draw.dtype == torch.float32
+    assert draw.device.type == "cpu"
+    assert abs(float(draw.mean())) < 0.02
+    assert abs(float(draw.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(("seeds", "images"), [((), 1), ((1, 2), 3), ((1, 2), 1)])
+def test_one_seed_per_image(seeds: tuple[int, ...], images: int) -> None:
+    with pytest.raises(BadInput, match=f"Noise for {images} images was asked of {len(seeds)} seeds: give one seed per image"):
+        Noise(seeds)((images, *SHAPE), "latents")
+
+
+@pytest.mark.parametrize("seeds", [(11,), (11, 12, 13)])
+def test_diffusers_noise_draws_in_diffusers_order(seeds: tuple[int, ...]) -> None:
+    ours = DiffusersNoise.seeded(*seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    theirs = generators[0] if len(seeds) == 1 else generators
+    for purpose in ("latents", "step", "step"):
+        shape = (len(seeds), *SHAPE)
+        assert torch.equal(ours(shape, purpose), randn_tensor(shape, generator=theirs))
+
+
+def test_diffusers_noise_takes_one_generator_for_a_batch() -> None:
+    ours = DiffusersNoise(torch.Generator().manual_seed(3))((2, *SHAPE), "latents")
+    assert torch.equal(ours, randn_tensor((2, *SHAPE), generator=torch.Generator().manual_seed(3)))
