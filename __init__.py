@@ -1,1 +1,81 @@
-"""The diffusion pipeline, unrolled."""
+"""The diffusion pipeline, unrolled.
+
+Everything a script needs is here; the map of the house is in the README.
+"""
+
+from .core.conditioning import Conditioning
+from .core.denoiser import Denoiser, UNetDenoiser, conditioned, edited
+from .core.errors import Note, UnrolledError
+from .core.guidance import classifier_free, per_step, within
+from .core.latents import Latents, LatentSpace
+from .core.loading import Model, Shelf, load
+from .core.loop import Step, denoise, steps
+from .core.noise import DiffusersNoise, Noise
+from .core.prediction import Prediction
+from .core.schedule import Schedule
+from .core.solver import History, Past, Solver
+from .schedulers import DDIM, DDPM, PLMS, PNDM, DPMpp2M, Euler, EulerAncestral, Heun
+from .stages.decode import decode
+from .stages.finish import gif, grid, resize, sharpen
+from .stages.image import encode_image
+from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
+from .stages.noise import add_noise, noise, start_step, unit_noise
+from .stages.pictures import read_mask, read_picture
+from .stages.text import encode_text
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "PLMS",
+    "PNDM",
+    "Conditioning",
+    "DPMpp2M",
+    "Denoiser",
+    "DiffusersNoise",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
+    "History",
+    "LatentSpace",
+    "Latents",
+    "Model",
+    "Noise",
+    "Note",
+    "Past",
+    "Prediction",
+    "Schedule",
+    "Shelf",
+    "Solver",
+    "Step",
+    "UNetDenoiser",
+    "UnrolledError",
+    "add_noise",
+    "classifier_free",
+    "composite",
+    "conditioned",
+    "decode",
+    "denoise",
+    "edited",
+    "encode_image",
+    "encode_text",
+    "gif",
+    "grid",
+    "inpaint_channels",
+    "keep_known",
+    "known",
+    "latent_mask",
+    "load",
+    "noise",
+    "per_step",
+    "read_mask",
+    "read_picture",
+    "resize",
+    "sharpen",
+    "start_step",
+    "steps",
+    "unit_noise",
+    "with_channels",
+    "within",
+]

@@ -28,18 +28,20 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        temporary = ""
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise CannotWrite(
             f"Could not write {path} ({error.strerror}): free some space or choose another folder with --output."
         ) from error
+    finally:  # Ctrl-C too
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
     return path
 
 
 def numbered(folder: Path, stem: str) -> Iterator[Path]:
     """``folder/stem_000``, ``_001`` and so on (without an ending), from the first number no file uses."""
-    taken = {p.name for p in folder.glob(f"{stem}_*")} if folder.is_dir() else set()
+    taken = {p.name for p in folder.iterdir() if p.name.startswith(f"{stem}_")} if folder.is_dir() else set()
     return (folder / f"{stem}_{i:03d}" for i in count(_first_free(taken, stem)))
 
 

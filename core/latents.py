@@ -162,12 +162,21 @@ class Latents:
 
 
 def batch(parts: Sequence[Latents]) -> Latents:
-    """Several latents of one space and sigma as one batch; histories must be of equal length."""
+    """Several latents of one space, sigma, size, stream and history as one batch."""
+    if not parts:
+        raise BadInput("A batch needs at least one set of latents.")
     first = parts[0]
     for part in parts[1:]:
         first.space.require(part.space, "A batch")
-        if part.sigma != first.sigma or len(part.history) != len(first.history):
+        if part.sigma != first.sigma:
             raise BadInput(f"A batch needs one noise level, but was given sigma {first.sigma:.4g} and {part.sigma:.4g}.")
+        if part.size != first.size:
+            (h, w), (h2, w2) = first.size, part.size
+            raise BadInput(f"A batch needs one size, but was given {w}x{h} and {w2}x{h2}.")
+        if part.stream != first.stream:
+            raise BadInput(f"A batch needs one stream of noise, but was given {first.stream!r} and {part.stream!r}.")
+        if [p.sigma for p in part.history] != [p.sigma for p in first.history]:
+            raise BadInput("A batch needs one history: these latents have been through different noise levels.")
     history = tuple(
         Past(points[0].sigma, torch.cat([p.x for p in points]), torch.cat([p.x0 for p in points]))
         for points in zip(*(part.history for part in parts), strict=True)

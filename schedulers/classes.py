@@ -85,13 +85,11 @@ class SchedulerConfig(BaseModel):
 
     def training_sigmas(self) -> tuple[float, ...]:
         """sigma of every training timestep."""
-        return sigmas_of(self._alphas(), ZERO_SNR if type(self) in (DDIMConfig, DDPMConfig) else _SIGMA_FLOOR)
-
-    def _alphas(self) -> tuple[float, ...]:
         zero_snr = bool(getattr(self, "rescale_betas_zero_snr", False))
-        return training_alphas(
+        alphas = training_alphas(
             self.num_train_timesteps, self.beta_start, self.beta_end, self.beta_schedule, self.trained_betas, zero_snr
         )
+        return sigmas_of(alphas, _SIGMA_FLOOR if zero_snr and isinstance(self, _SigmaConfig) else ZERO_SNR)
 
     def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
         timesteps = self._timesteps(steps, rounded=True)
@@ -177,7 +175,7 @@ class PNDMConfig(SchedulerConfig):
             return PNDM(sigmas)
         if faithful and steps:
             return DiffusersPLMS(sigmas, self.num_train_timesteps // steps, self._last_sigma(), self.prediction_type)
-        return PLMS()
+        return PLMS(self._last_sigma())
 
 
 class _SigmaConfig(SchedulerConfig):

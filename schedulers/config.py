@@ -42,9 +42,10 @@ _KNOWN_OPTIONS = {name for kind in SOLVERS.values() for name in kind.model_field
 def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **changes: object) -> SchedulerConfig:
     """A diffusers scheduler config, optionally for another solver and with options changed.
 
-    Changing the solver is diffusers' ``OtherScheduler.from_config(config)``: options both classes know
-    carry over, the defaults of the first class among them. Options of other classes have no effect in
-    diffusers and none here; an option no class knows, or a value that is not honoured, is refused.
+    Changing the solver is diffusers' ``OtherScheduler.from_config(pipe.scheduler.config)``: options that
+    are written in the config and that both classes know carry over, the first class's defaults do not.
+    Options of other classes have no effect in diffusers and none here; an option no class knows, or a
+    value that is not honoured, is refused.
 
     Raises:
         BadInput: unknown solver; BadModel: unknown class or option, or a value that is not honoured.
@@ -54,16 +55,14 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
         raise BadModel(f"The scheduler class {name or '(none)'} is not supported: use one of {', '.join(sorted(_CLASSES))}.")
     if solver is not None and solver not in SOLVERS:
         raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS))}.")
-    own = _CLASSES[name]
-    kind = SOLVERS[solver] if solver else own
+    kind = SOLVERS[solver] if solver else _CLASSES[name]
     given = {key: value for key, value in config.items() if not key.startswith("_")} | changes
     unknown = sorted(given.keys() - _KNOWN_OPTIONS)
     if unknown:
         raise BadModel(
             f"{name} has no option {', '.join(unknown)}: it cannot be honoured, remove it from the scheduler config."
         )
-    inherited = {key: field.default for key, field in own.model_fields.items()} if kind is not own else {}
-    options = {key: value for key, value in (inherited | given).items() if key in kind.model_fields}
+    options = {key: value for key, value in given.items() if key in kind.model_fields}
     try:
         return kind(**options)
     except ValidationError as error:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.latents import CLEAN
 from ..core.schedule import timestep_of
 from ..core.solver import Draw, Evaluate, History, Past
 
@@ -24,9 +23,11 @@ class PLMS:
     """Linear multistep of up to fourth order (Liu et al., arXiv:2202.09778, eq. 12; Stable Diffusion's default).
 
     Started by one step of Heun's method, whose second evaluation lies inside the step: n steps take
-    n + 1 evaluations, as diffusers' doubled second timestep does. A first step that is also the last is Euler's.
+    n + 1 evaluations, as diffusers' doubled second timestep does. A first step that is also the last,
+    to ``last_sigma``, is Euler's.
     """
 
+    last_sigma: float = 0.0
     order = 4
     evaluations = 1
 
@@ -37,7 +38,7 @@ class PLMS:
         here = denoise(x, sigma)
         if history:
             eps = extrapolated(here.eps, [past.eps for past in history])
-        elif sigma_next > CLEAN:
+        elif sigma_next > self.last_sigma:
             euler = x.add(here.eps, alpha=sigma_next - sigma)
             eps = (here.eps + denoise(euler, sigma_next).eps) / 2
         else:
