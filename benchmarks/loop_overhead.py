@@ -59,7 +59,9 @@ def ours(solver: str) -> tuple[Side, Any]:
 def theirs(solver: str) -> tuple[Side, Any]:
     import diffusers
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINIATURES / "sd-1.5", use_safetensors=True)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        MINIATURES / "sd-1.5", use_safetensors=True, torch_dtype=torch.float32
+    )
     pipe.scheduler = getattr(diffusers, SOLVERS[solver]).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
@@ -144,7 +146,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "model": "miniature sd-1.5, 64x64, float32",
-        "job": f"text to image, {STEPS} steps, guidance 7.0, one picture, median of {2 * args.rounds} runs a side, interleaved",
+        "job": f"text to image, {STEPS} steps, guidance 7.0, one picture; median of {2 * args.rounds} interleaved runs a side",
         "versions": versions(),
         "solvers": rows,
         "peak_memory_mb": memory | {"ratio": ratio},

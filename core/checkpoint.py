@@ -70,6 +70,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         there = ", ".join(f.name for f in every) or "none"
         wanted = f'of variant "{variant}" ' if variant else ""
         raise BadModel(f"{folder} has no safetensors weights {wanted}(found: {there}).")
+    for shard in _shards(folder, variant):
+        if "-of-" in chosen[0].name and not shard.is_file():
+            raise BadModel(f"{shard} is missing: the folder is not a complete diffusers model.")
     for file in chosen:
         try:
             with safe_open(file, framework="pt") as handle:
@@ -77,6 +80,13 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise BadModel(f"{file} is damaged and cannot be read as safetensors ({error}).") from error
     return chosen
+
+
+def _shards(folder: Path, variant: str | None) -> list[Path]:
+    """The files that the index of weights in several files names, if there is one."""
+    ends = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"
+    indices = [read_json(file) for file in sorted(folder.glob(f"*{ends}"))]
+    return sorted({folder / Path(name).name for index in indices for name in index.get("weight_map", {}).values()})
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -98,13 +108,15 @@ def fingerprint(files: list[Path]) -> str:
 
 def encoder_fingerprint(files: list[Path]) -> str:
     """A digest of a VAE's encoder weights in half precision, so that fp32 and fp16 files of one VAE agree."""
-    digest = hashlib.sha256()
+    digests = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            for name in sorted(handle.keys()):
+            for name in handle.keys():
                 if name.startswith(("encoder.", "quant_conv.")):
-                    digest.update(name.encode())
-                    digest.update(handle.get_tensor(name).half().numpy().tobytes())
+                    digests[name] = hashlib.sha256(handle.get_tensor(name).half().numpy().tobytes()).digest()
+    digest = hashlib.sha256()
+    for name in sorted(digests):  # however the weights are spread over files
+        digest.update(name.encode() + digests[name])
     return digest.hexdigest()[:16]
 
 
@@ -125,16 +137,22 @@ def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | N
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown")
     if found not in COMPONENTS[name]:
         raise BadModel(f"{folder} holds a {found} where {name} must be a {' or '.join(COMPONENTS[name])}.")
-    options = {"dtype": dtype} if library is transformers else {"torch_dtype": dtype, "low_cpu_mem_usage": True}
+    options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
+    if library is transformers:  # weights of another shape are then in its report; diffusers raises for them
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
             model, report = getattr(library, found).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True, **options
             )
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[0].split(". If you want")[0].split())
         raise BadModel(f"{folder} cannot be loaded: its config.json does not fit its weights ({reason}).") from error
-    faults = {kind: names for kind in ("missing_keys", "mismatched_keys") if (names := sorted(map(str, report[kind] or [])))}
+    faults = {}
+    for kind in ("mismatched_keys", "missing_keys"):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[kind] or []):
+            faults[kind] = names
     # transformers 4 saved an index buffer that 5 no longer has.
     if extra := [key for key in report["unexpected_keys"] or [] if not key.endswith("position_ids")]:
         faults["unexpected_keys"] = sorted(extra)
@@ -159,15 +177,13 @@ def _read_tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers logs what we raise as errors, transformers draws a bar per component."""
-    from transformers.utils import logging as transformers_logging
-
-    logger, bars = logging.getLogger("diffusers"), transformers_logging.is_progress_bar_enabled()
-    level, logger.level = logger.level, logging.CRITICAL
-    transformers_logging.disable_progress_bar()
+    """diffusers and transformers log what we raise."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.level = level
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

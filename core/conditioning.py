@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +45,10 @@ class Conditioning:
         Raises:
             BadInput: the batch is neither 1 nor ``size``.
         """
-        if any(len(t) not in (1, size) for t in self._tensors().values()):
+        sizes = {len(t) for t in self._tensors().values()}
+        if sizes <= {size}:
+            return self
+        if not sizes <= {1, size}:
             raise BadInput(f"{self} cannot condition {size} images: its batch must be 1 or {size}.")
         return self._map(lambda t: t if len(t) == size else t.expand(size, *t.shape[1:]))
 
@@ -59,7 +62,7 @@ class Conditioning:
         return mine.keys() == others.keys() and all(mine[n].shape[1:] == others[n].shape[1:] for n in mine)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return {name: t for name, t in vars(self).items() if t is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         return Conditioning(**{name: change(t) for name, t in self._tensors().items()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def classifier_free(
             pair = together if together is not None and len(together) == 2 * n else stack([uncond.expand(n), cond.expand(n)])
             prediction = network(torch.cat([x, x]), sigma, timestep, pair)
             without, with_ = prediction.out.chunk(2)
-            return without, with_, replace(prediction, x=x)
+            return without, with_, prediction
         without = network(x, sigma, timestep, uncond).out
         prediction = network(x, sigma, timestep, cond)
         return without, prediction.out, prediction
@@ -60,7 +59,7 @@ def classifier_free(
         out = torch.add(without, with_ - without, alpha=scale)
         if rescale:
             out = rescaled(out, with_, rescale)
-        return replace(prediction, out=out, cond=with_, uncond=without)
+        return Prediction(out, x, sigma, prediction.kind, with_, without)
 
     return denoise
 

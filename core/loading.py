@@ -175,11 +175,13 @@ def find(name: str, models: str = "miniature", variant: str | None = None, revis
     entry = CATALOG.get(name)
     if entry and models == "miniature":
         return _miniature(name, entry)
-    if entry and models != "hub":
-        held = [folder for folder in (Path(models) / name, Path(models) / entry.hub, Path(models)) if _is_model(folder)]
-        if not held:
-            raise BadModel(f"{models} holds no model folder {name} or {entry.hub}: put one there or use --models miniature.")
-        return _folder(name, held[0])
+    if models not in ("miniature", "hub"):
+        hub = entry.hub if entry else MOVED.get(name, name)
+        places = [Path(models) / name, Path(models) / hub, *([Path(models)] if entry else [])]
+        if held := [folder for folder in places if _is_model(folder)]:
+            return _folder(name, held[0])
+        if entry:
+            raise BadModel(f"{models} holds no model folder {name} or {hub}: put one there or use --models miniature.")
     if entry:
         return _folder(name, _download(entry.hub, variant, revision))
     if Path(name).is_dir():

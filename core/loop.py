@@ -106,7 +106,7 @@ def steps(
             x_next, history = solver(denoise, x, sigma, sigma_next, history, draw)
         finite.append(torch.isfinite(x_next).all())
         if x.device.type == "cpu":  # elsewhere reading the flag would make every step wait for the device
-            _require_finite(finite, schedule)
+            _require_finite(finite[-1:], schedule, i)
         step = Step(
             index, schedule.first + len(schedule), sigma, sigma_next, schedule.timesteps[i], x, x_next, history,
             latents, predictions, time.perf_counter() - began,
@@ -143,10 +143,10 @@ def _require_same_level(latents: Latents, schedule: Schedule) -> None:
         )
 
 
-def _require_finite(flags: list[Tensor], schedule: Schedule) -> None:
-    if flags and not bool(torch.stack(flags).all()):
-        bad = int(torch.stack(flags).logical_not().nonzero()[0])
-        raise NonFinite(
-            f"NaN or infinity appeared in step {schedule.first + bad + 1} of {schedule.first + len(schedule)} "
-            f"(sigma {schedule.sigmas[bad]:.4g}): run in float32 or bfloat16, or lower the guidance scale."
-        )
+def _require_finite(flags: list[Tensor], schedule: Schedule, first: int = 0) -> None:
+    for bad, flag in enumerate(flags, first):
+        if not flag:
+            raise NonFinite(
+                f"NaN or infinity appeared in step {schedule.first + bad + 1} of {schedule.first + len(schedule)} "
+                f"(sigma {schedule.sigmas[bad]:.4g}): run in float32 or bfloat16, or lower the guidance scale."
+            )

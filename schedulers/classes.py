@@ -41,7 +41,7 @@ class SchedulerConfig(BaseModel):
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: BetaSchedule = "linear"
-    trained_betas: list[float] | None = None
+    trained_betas: tuple[float, ...] | None = None
     prediction_type: Kind = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = 0

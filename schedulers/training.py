@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -16,12 +16,13 @@ ZERO_SNR = 2.0**-40
 schedulers floor at 2^-24, its variance-preserving ones not at all; this serves both to float rounding."""
 
 
+@cache
 def training_alphas(
     steps: int,
     beta_start: float,
     beta_end: float,
     beta_schedule: BetaSchedule = "linear",
-    trained_betas: Sequence[float] | None = None,
+    trained_betas: tuple[float, ...] | None = None,
     zero_snr: bool = False,
 ) -> tuple[float, ...]:
     """alpha-bar of every training timestep, in float32 as checkpoints were trained.
@@ -50,6 +51,7 @@ def training_alphas(
     return tuple(alphas.double().tolist())
 
 
-def sigmas_of(alphas: Sequence[float], zero_snr_floor: float = ZERO_SNR) -> tuple[float, ...]:
+@cache
+def sigmas_of(alphas: tuple[float, ...], zero_snr_floor: float = ZERO_SNR) -> tuple[float, ...]:
     """sigma = sqrt((1 - alpha-bar) / alpha-bar) of each."""
     return tuple(math.sqrt((1.0 - a) / a) for a in (max(alpha, zero_snr_floor) for alpha in alphas))

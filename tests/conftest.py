@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import unrolled
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from transformers import CLIPTextConfig, CLIPTextModel
-
-import unrolled
 from unrolled.core.latents import LatentSpace
 from unrolled.core.loading import Model, load
 

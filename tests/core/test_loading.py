@@ -325,13 +325,13 @@ UNREADABLE = "is damaged and cannot be read as"
             r"model_index\.json wants tokenizer to be a Evil, but only CLIPTokenizer or CLIPTokenizerFast is allowed there\.",
         ),
         (config("scheduler/scheduler_config.json", _class_name="Mine"), r"The scheduler class Mine is not supported"),
-        (config("unet/config.json", block_out_channels=[32, 32]), rf"unet {UNFIT}"),
-        (config("vae/config.json", latent_channels=8), rf"vae {UNFIT}"),
-        (config("text_encoder/config.json", hidden_size=16), rf"text_encoder {UNFIT}"),
+        (config("unet/config.json", block_out_channels=[32, 32]), rf"unet {UNFIT}.*expected shape torch.Size\(\[32\]\), but got torch.Size\(\[64\]\)"),
+        (config("vae/config.json", latent_channels=8), rf"vae {UNFIT}.*decoder\.conv_in\.weight expected shape"),
+        (config("text_encoder/config.json", hidden_size=16), rf"text_encoder {UNFIT}\d+ mismatched keys, first embeddings\."),
         (config("text_encoder/config.json", num_hidden_layers=4), rf"text_encoder {UNFIT}\d+ unexpected keys, first .*layers\.4"),
         (config("text_encoder/config.json", num_hidden_layers=6), rf"text_encoder {UNFIT}\d+ missing keys, first .*layers\.5"),
-        (config("unet/config.json", layers_per_block=2), rf"unet {UNFIT}"),
-        (config("unet/config.json", act_fn="no such"), rf"unet {UNFIT}"),
+        (config("unet/config.json", layers_per_block=2), rf"unet {UNFIT}.*up_blocks"),
+        (config("unet/config.json", act_fn="no such"), rf"unet {UNFIT}activation function no such not found"),
         (tensors("unet", lambda t: t.pop("conv_in.bias")), rf"unet {UNFIT}1 missing keys, first conv_in\.bias"),
         (tensors("vae", lambda t: t.pop("quant_conv.bias")), rf"vae {UNFIT}1 missing keys, first quant_conv\.bias"),
         (
@@ -354,7 +354,7 @@ def test_a_damaged_folder(broken: Path, damage: Callable[[Path], None], message:
     with pytest.raises(BadModel, match=message) as caught:
         load(str(broken), device="cpu")
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 400
 
 
 def test_a_pickle_beside_safetensors_is_not_read(broken: Path) -> None:

@@ -117,11 +117,11 @@ def guided_out(p: Prediction) -> Prediction:
 
 
 def clamped_x0(p: Prediction) -> Prediction:
-    return p.with_x0(p.x0.clamp(-1, 1))
+    return p.with_x0(p.x0.clamp(-0.1, 0.1))
 
 
 def clamped_x0_keeping_eps(p: Prediction) -> Prediction:
-    return p.with_x0(p.x0.clamp(-1, 1), keep_eps=True)
+    return p.with_x0(p.x0.clamp(-0.1, 0.1), keep_eps=True)
 
 
 def cond_again(p: Prediction) -> Prediction:

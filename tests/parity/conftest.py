@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import pytest
 from torch import Tensor
-
 from unrolled.core.denoiser import Denoiser, UNetDenoiser
 from unrolled.core.guidance import classifier_free
 from unrolled.core.latents import Latents
@@ -42,11 +41,16 @@ def inpaint_components(tiny_inpaint_folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def pipeline_of() -> Callable[[str, dict[str, Any], Any], Any]:
-    """A silent diffusers pipeline of a class, on given components, with a given scheduler."""
+    """A silent diffusers pipeline of a class, on given components, with a given scheduler.
+
+    The scheduler is put in afterwards: the constructor would silently set ``steps_offset`` to 1 and
+    ``clip_sample`` to false in it.
+    """
 
     def build(name: str, components: dict[str, Any], scheduler: Any) -> Any:
-        kind = getattr(diffusers, name)
-        return _quiet(kind(**{**components, "scheduler": scheduler}, requires_safety_checker=False))
+        pipeline = _quiet(getattr(diffusers, name)(**components, requires_safety_checker=False))
+        pipeline.scheduler = scheduler
+        return pipeline
 
     return build
 
