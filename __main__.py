@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -180,8 +181,10 @@ def _bars(chain: Chain, on: bool) -> Iterator[Any]:
 
 
 def _plan_table(stages: list[StagePlan], chain: Chain) -> Table:
-    table = Table(title=f"{len(stages)} stages, seeds {', '.join(map(str, chain.seeds()))}")
-    for column in ("stage", "takes", "model", "solver", "steps", "calls", "sigma", "size"):
+    count = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
+    table = Table(title=f"{count}, seeds {', '.join(map(str, chain.seeds()))}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for column in ("takes", "model", "solver", "steps", "calls", "sigma", "size"):
         table.add_column(column, overflow="fold")
     for item in stages:
         row = [item.stage.name, item.takes, "", "", "", "", "", f"{item.size[0]}x{item.size[1]}"]

@@ -97,6 +97,12 @@ class ImageToImage(_FromPicture):
     do: Literal["image-to-image"] = "image-to-image"
     start: Literal["strength", "handoff"] = "strength"
 
+    @model_validator(mode="after")
+    def _handoff_alone(self) -> ImageToImage:
+        if self.start == "handoff" and (self.image or self.strength or self.first_step or self.via):
+            raise ValueError('start = "handoff" goes on from noisy latents: leave out image, strength, first_step and via')
+        return self
+
 
 class Inpaint(_FromPicture):
     """Repaint where the mask is white."""

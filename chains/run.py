@@ -202,7 +202,7 @@ def _write(chain: Chain, result: Result, folder: Path, film: list[Image.Image], 
             sheet = finish.grid(stages, columns=len(stages), labels=list(result.outputs))
             result.files.append(write_atomically(f"{name}-grid.png", encode(sheet, "png", text, facts)))
         if chain.gif and seed == chain.seed:
-            result.files.append(write_atomically(f"{name}.gif", finish.gif([*film, picture])))
+            result.files.append(write_atomically(f"{name}.gif", finish.gif([*(finish.resize(frame, size=picture.size) for frame in film), picture])))
 
 
 def _rescue(chain: Chain, result: Result, last: list[Step], folder: Path, shelf: Shelf) -> None:

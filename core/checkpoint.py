@@ -111,7 +111,7 @@ def encoder_fingerprint(files: list[Path]) -> str:
     digests = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():
+            for name in sorted(handle.keys()):
                 if name.startswith(("encoder.", "quant_conv.")):
                     digests[name] = hashlib.sha256(handle.get_tensor(name).half().numpy().tobytes()).digest()
     digest = hashlib.sha256()
@@ -177,13 +177,18 @@ def _read_tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers and transformers log what we raise."""
+    """diffusers and transformers log what we raise, and transformers draws a bar per component."""
+    from transformers.utils import logging as transformers_logging
+
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
+    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

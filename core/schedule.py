@@ -22,6 +22,8 @@ class Schedule:
             nothing; ``sqrt(1 + sigmas[0]^2)`` is what variance-preserving samplers start from.
         first: index of the first step in the run it was cut from, so that a continued run draws
             the noise of its own steps.
+        last_timestep: what the UNet is told at the last level, for solvers that evaluate there; known
+            where a longer schedule was cut.
         origin: where it came from, for people.
     """
 
@@ -30,6 +32,7 @@ class Schedule:
     training_sigmas: tuple[float, ...] = ()
     start_std: float | None = None
     first: int = 0
+    last_timestep: float | None = None
     origin: str = "custom"
 
     def __post_init__(self) -> None:
@@ -61,6 +64,7 @@ class Schedule:
             timesteps=self.timesteps[start:stop],
             start_std=std,
             first=self.first + start,
+            last_timestep=self.timesteps[stop] if stop < len(self) else self.last_timestep,
         )
 
     def split(self, index: int) -> tuple[Schedule, Schedule]:
@@ -123,7 +127,8 @@ class Schedule:
 
     @cached_property
     def _timestep_of(self) -> dict[float, float]:
-        return dict(zip(self.sigmas, self.timesteps, strict=False))
+        known = dict(zip(self.sigmas, self.timesteps, strict=False))
+        return known if self.last_timestep is None else known | {self.sigmas[-1]: self.last_timestep}
 
 
 def timestep_of(sigma: float, training_sigmas: tuple[float, ...]) -> float:

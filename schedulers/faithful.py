@@ -79,7 +79,8 @@ class DiffusersPLMS:
         evaluated = [schedule.sigmas[0], *schedule.sigmas[1:2], *schedule.sigmas[1:-1]][index:]
         left = (evaluated[0], *evaluated[2:], schedule.sigmas[-1])
         timesteps = tuple(schedule.timestep_at(sigma) for sigma in left[:-1])
-        cut = replace(schedule, sigmas=left, timesteps=timesteps, first=index, start_std=None)
+        std = schedule.start_std if index == 0 else None
+        cut = replace(schedule, sigmas=left, timesteps=timesteps, first=index, start_std=std)
         return cut, replace(self, second_sigma=evaluated[1])
 
     def __call__(

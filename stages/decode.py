@@ -73,11 +73,11 @@ def vae_in_safe_precision(vae: Any) -> Iterator[Any]:
 
 @contextmanager
 def _in_float32(vae: Any) -> Iterator[Any]:
-    dtype = vae.dtype
+    dtype, cast = vae.dtype, torch.nn.Module.to  # the VAE's own .to() warns that it keeps [] in float32
     try:
-        yield vae.to(torch.float32)
+        yield cast(vae, torch.float32)
     finally:
-        vae.to(dtype)
+        cast(vae, dtype)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ def grid(
         raise BadInput("A grid needs at least one picture.")
     if labels and len(labels) != len(pictures):
         raise BadInput(f"A grid of {len(pictures)} pictures was given {len(labels)} labels: give one each, or none.")
+    if columns is not None and columns < 1:
+        raise BadInput(f"A grid needs at least one column, got {columns}.")
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     font = ImageFont.load_default(size=max(10, min(width // 10, 24)))

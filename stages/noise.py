@@ -73,8 +73,9 @@ def start_step(steps: int, strength: float, *, faithful: bool = False) -> int:
         raise BadInput(f"Strength must be more than 0 and at most 1, got {strength:g}.")
     run = int(steps * strength) if faithful else math.floor(steps * strength + 1e-6)
     if run < 1:
+        least = math.ceil(1000 / steps) / 1000
         raise BadInput(
-            f"Strength {strength:g} of {steps} steps leaves no step to run: use at least {1 / steps:.3g}, "
+            f"Strength {strength:g} of {steps} steps leaves no step to run: use at least {least:g}, "
             f"or {math.ceil(1 / strength)} steps."
         )
     return steps - run

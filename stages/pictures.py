@@ -77,11 +77,10 @@ def require_size(image_size: tuple[int, int], space: LatentSpace, name: str = "T
     width, height = image_size
     if width < cell or height < cell or width % cell or height % cell:
         down = tuple(max(cell, side // cell * cell) for side in image_size)
-        up = tuple(-(-side // cell) * cell for side in image_size)
-        raise BadInput(
-            f"{name} is {width}x{height}, but sides must be multiples of {cell}: "
-            f"the nearest sizes are {down[0]}x{down[1]} and {up[0]}x{up[1]}."
-        )
+        up = tuple(max(cell, -(-side // cell) * cell) for side in image_size)
+        sizes = sorted({down, up})
+        nearest = ("sizes are " if len(sizes) > 1 else "size is ") + " and ".join(f"{w}x{h}" for w, h in sizes)
+        raise BadInput(f"{name} is {width}x{height}, but sides must be multiples of {cell}: the nearest {nearest}.")
 
 
 def to_tensor(pictures: Image.Image | Sequence[Image.Image]) -> Tensor:
@@ -106,6 +105,7 @@ def _open(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
+                image.close()
                 raise _too_large(path)
             image.load()
             return image

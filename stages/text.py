@@ -27,23 +27,25 @@ def encode_text(model: Model, prompts: str | Sequence[str], *, clip_skip: int = 
         context of shape (prompts, 77 * chunks, width).
 
     Raises:
-        BadInput: clip_skip is more than the encoder has layers.
+        BadInput: there is no prompt, or clip_skip is more than the encoder has layers.
 
     Warns:
         Note: what was dropped, by its text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise BadInput('Text encoding needs at least one prompt; the empty prompt is "".')
     layers = model.text_encoder.config.num_hidden_layers
     if not 0 <= clip_skip < layers:
         raise BadInput(f"clip_skip goes from 0 to {layers - 1} with this text encoder, got {clip_skip}.")
     bodies = [_ids(model.tokenizer, prompt) for prompt in prompts]
-    room = model.tokenizer.model_max_length - 2
+    room = _length(model) - 2
     if not chunks:
         for prompt, body in zip(prompts, bodies, strict=True):
             if len(body) > room:
                 _report_dropped(model.tokenizer, prompt, body, room)
         bodies = [body[:room] for body in bodies]
-    count = max(1, *(-(-len(body) // room) for body in bodies)) if bodies else 1
+    count = max(1, *(-(-len(body) // room) for body in bodies))
     pieces = [_encode(model, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(count)]
     return Conditioning(context=torch.cat(pieces, dim=1))
 
@@ -51,7 +53,12 @@ def encode_text(model: Model, prompts: str | Sequence[str], *, clip_skip: int = 
 def dropped_text(model: Model, prompt: str) -> str:
     """The part of a prompt that lies beyond the encoder's 77 tokens, as text; empty if all fits."""
     body = _ids(model.tokenizer, prompt)
-    return str(model.tokenizer.decode(body[model.tokenizer.model_max_length - 2 :])).strip()
+    return str(model.tokenizer.decode(body[_length(model) - 2 :])).strip()
+
+
+def _length(model: Model) -> int:
+    # A tokenizer without a tokenizer_config.json believes that there is no limit.
+    return int(min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings))
 
 
 def _ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -60,7 +67,7 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def _encode(model: Model, bodies: list[list[int]], clip_skip: int) -> Tensor:
     tokenizer, encoder = model.tokenizer, model.text_encoder
-    length = tokenizer.model_max_length
+    length = _length(model)
     rows = [[tokenizer.bos_token_id, *body, tokenizer.eos_token_id] for body in bodies]
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=model.device)
     with torch.no_grad():

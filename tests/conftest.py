@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +76,7 @@ def write_tiny(folder: Path, in_channels: int = 4) -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD15_SCHEDULER))
     index = {
         "_class_name": "StableDiffusionPipeline" if in_channels == 4 else "StableDiffusionInpaintPipeline",
+        "_diffusers_version": "0.38.0",  # diffusers does not load an inpainting pipeline without it
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -112,9 +112,9 @@ def tiny_inpaint(tiny_inpaint_folder: Path) -> Model:
 
 
 @pytest.fixture
-def broken(tiny_folder: Path, tmp_path: Path) -> Iterator[Path]:
+def broken(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint to damage."""
-    yield Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
+    return Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
 
 
 @pytest.fixture(scope="session")

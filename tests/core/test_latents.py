@@ -73,7 +73,9 @@ def test_decode_refuses_latents_of_another_space(tiny: Model, space: LatentSpace
 
 def test_decode_refuses_noisy_latents(tiny: Model) -> None:
     noisy = Latents(torch.zeros(1, 4, 8, 8), tiny.space, sigma=1.234)
-    with pytest.raises(BadInput, match=r"Cannot decode latents .* sigma 1\.234 \(clean is at most 0\.05\): denoise .*preview"):
+    with pytest.raises(
+        BadInput, match=r"Cannot decode latents .* sigma 1\.234 \(clean is at most 0\.05\): denoise .*preview"
+    ):
         decode(tiny, noisy)
 
 

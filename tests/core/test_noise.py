@@ -51,7 +51,9 @@ def test_it_is_unit_normal_float32_on_the_cpu() -> None:
 
 @pytest.mark.parametrize(("seeds", "images"), [((), 1), ((1, 2), 3), ((1, 2), 1)])
 def test_one_seed_per_image(seeds: tuple[int, ...], images: int) -> None:
-    with pytest.raises(BadInput, match=f"Noise for {images} images was asked of {len(seeds)} seeds: give one seed per image"):
+    with pytest.raises(
+        BadInput, match=f"Noise for {images} images was asked of {len(seeds)} seeds: give one seed per image"
+    ):
         Noise(seeds)((images, *SHAPE), "latents")
 
 

@@ -136,7 +136,14 @@ def test_pixels(name: str, tiny: Model, ours: Run, theirs: Run) -> None:
 # PNDM: diffusers cuts a list that held one timestep twice, and redoes a step from one that was never left.
 @pytest.mark.parametrize(
     ("options", "strength", "apart"),
-    [({}, 0.3, 0), ({}, 0.5, 0), ({}, 0.8, 0), ({}, 0.95, 0), (V, 0.8, 0), ({"timestep_spacing": "trailing"}, 0.8, 0)],
+    [
+        ({}, 0.3, 0.122),
+        ({}, 0.5, 0.066),
+        ({}, 0.8, 0.027),
+        ({}, 0.95, 0.021),
+        (V, 0.8, 0.050),
+        ({"timestep_spacing": "trailing"}, 0.8, 0.027),
+    ],
 )
 def test_pndm_departs(options: dict[str, Any], strength: float, apart: float, ours: Run, theirs: Run, distance: Run) -> None:
     reference = theirs("pndm", options, 20, strength)
@@ -149,26 +156,34 @@ def test_pndm_at_full_strength_is_the_whole_run(ours: Run, theirs: Run, distance
     assert distance(ours("pndm", {}, 7, 1.0), theirs("pndm", {}, 7, 1.0), "pndm") < TOLERANCE
 
 
-@pytest.mark.parametrize(("strength", "better"), [(0.5, 5), (0.8, 5)])
-def test_pndm_default_solves_the_equation_better(tiny: Model, scheduler_of: Run, strength: float, better: float) -> None:
-    """Data of one normal distribution has a closed-form run: what the denoiser says and where it ends."""
+@pytest.mark.parametrize(
+    ("strength", "plms", "diffusers_plms", "ddim"),
+    [(0.2, 0.0020, 0.0179, 0.0290), (0.3, 0.0020, 0.0164, 0.0326), (0.5, 0.0019, 0.0095, 0.0365)],
+)
+def test_pndm_default_solves_the_equation_better(
+    tiny: Model, strength: float, plms: float, diffusers_plms: float, ddim: float
+) -> None:
+    """Error after 50 steps where the answer is known: data of one normal distribution, whose denoiser is exact.
+
+    From about 0.8 on the two errors of diffusers' start partly cancel (0.0007 against 0.0019 at 0.8), at 1 they are one.
+    """
     steps, spread = 50, 0.6
-    config = read_scheduler(tiny.scheduler, "pndm")
-    plain, index = config.schedule(steps), start_step(50, strength)
 
     def normal(x: Tensor, sigma: float, timestep: float) -> Prediction:
-        return Prediction.from_x0(x * (spread**2 / (spread**2 + sigma**2)), x, sigma)
+        return Prediction(x * (sigma / (spread**2 + sigma**2)), x, sigma)
 
-    def error(faithful: bool) -> float:
-        schedule, solver = started_at(plain, config.solver(steps, faithful=faithful), index)
+    def error(name: str, faithful: bool) -> float:
+        config = read_scheduler(tiny.scheduler, name)
+        solver = config.solver(steps, faithful=faithful)
+        schedule, solver = started_at(config.schedule(steps), solver, start_step(steps, strength))
         start = Latents(torch.ones(1, 4, 1, 1, dtype=torch.float64), tiny.space, schedule.sigmas[0], (0,))
         end = denoise(normal, start, schedule, solver)
         exact = math.sqrt((spread**2 + schedule.sigmas[-1] ** 2) / (spread**2 + schedule.sigmas[0] ** 2))
         return abs(float(end.x[0, 0, 0, 0]) / exact - 1)
 
-    print("MEASURED", strength, error(False), error(True))
-    assert error(faithful=True) > better * error(faithful=False)
-    assert error(faithful=False) < 1e-3
+    assert error("pndm", faithful=False) == pytest.approx(plms, rel=0.05)
+    assert error("pndm", faithful=True) == pytest.approx(diffusers_plms, rel=0.05)
+    assert error("ddim", faithful=False) == pytest.approx(ddim, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +208,7 @@ def test_strength_is_exact_wherever_diffusers_is(steps: int) -> None:
 
 
 def test_strength_rounding_in_a_run(ours: Run, theirs: Run, distance: Run) -> None:
-    """One of 29 steps lost: 0.014 of the largest number, and the switch repeats it."""
-    reference = theirs("ddim", {}, 100, 0.07)
-    assert distance(ours("ddim", {}, 100, 0.07, faithful=True), reference, "ddim") < TOLERANCE
+    reference = theirs("ddim", {}, 50, 0.58)
+    apart = distance(ours("ddim", {}, 50, 0.58), reference, "ddim")
+    assert apart == pytest.approx(0.073, rel=0.3), f"29 steps are {apart:.2e} from diffusers' 28"
+    assert distance(ours("ddim", {}, 50, 0.58, faithful=True), reference, "ddim") < TOLERANCE

@@ -63,8 +63,8 @@ def test_damaged_exif_is_no_crash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "YCbCr"])
 def test_an_opaque_picture_keeps_its_colour(mode: str) -> None:
-    image = Image.new("RGB", (4, 4), RED).convert(mode)
-    converted = quietly(image)
+    image = Image.new("RGB", (4, 4), RED)
+    converted = quietly(image.quantize(2) if mode == "P" else image.convert(mode))
     assert converted.mode == "RGB"
     assert np.abs(np.asarray(converted).astype(int) - RED).max() <= 2
 
@@ -124,7 +124,6 @@ def test_sixteen_bits_with_a_transparent_value(tmp_path: Path) -> None:
     path = saved(Image.fromarray(np.zeros((4, 4), np.uint16)), tmp_path / "deep.png")
     body = b"tRNS" + struct.pack(">H", 0)
     chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
-    path.write_bytes(path.read_bytes().replace(struct.pack(">I", path.read_bytes().find(b"IDAT")), b"", 0))
     data = path.read_bytes()
     at = data.find(b"IDAT") - 4
     path.write_bytes(data[:at] + chunk + data[at:])
@@ -180,7 +179,9 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path, width: int, height: in
     assert width * height > MAX_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(BadInput, match=r"bomb\.png has more pixels than the 64 million that are opened: make it smaller"):
+        with pytest.raises(
+            BadInput, match=r"bomb\.png has more pixels than the 64 million that are opened: make it smaller"
+        ):
             read_picture(path)
 
 
@@ -201,7 +202,9 @@ def test_a_format_that_is_not_opened(tmp_path: Path) -> None:
 def test_a_truncated_picture(tmp_path: Path, picture: Image.Image, ending: str, part: float) -> None:
     path = saved(picture, tmp_path / f"cut.{ending}")
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    with pytest.raises(BadInput, match=rf"cut\.{ending} is (damaged and cannot be read as a picture \(|not a picture of a known)"):
+    with pytest.raises(
+        BadInput, match=rf"cut\.{ending} is (damaged and cannot be read as a picture \(|not a picture of a known)"
+    ):
         read_picture(path)
 
 
@@ -219,20 +222,24 @@ def test_a_folder_is_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "down", "up"),
-    [((427, 640), "424x640", "432x640"), ((7, 8), "8x8", "8x8"), ((513, 100), "512x96", "520x104"), ((0, 8), "8x8", "0x8")],
+    ("size", "nearest"),
+    [
+        ((427, 640), "sizes are 424x640 and 432x640"),
+        ((513, 100), "sizes are 512x96 and 520x104"),
+        ((7, 8), "size is 8x8"),
+        ((0, 20), "sizes are 8x16 and 8x24"),
+    ],
 )
-def test_sizes_name_the_nearest_that_fit(space: LatentSpace, size: tuple[int, int], down: str, up: str) -> None:
+def test_sizes_name_the_nearest_that_fit(space: LatentSpace, size: tuple[int, int], nearest: str) -> None:
     with pytest.raises(BadInput) as caught:
         require_size(size, space)
-    message = str(caught.value)
-    assert message.startswith(f"The picture is {size[0]}x{size[1]}, but sides must be multiples of 8: the nearest size")
-    if min(size) > 0:
-        assert down in message
-        assert up in message
-    else:
-        assert "0x8 and" not in message.split("nearest")[1]
+    asked = f"{size[0]}x{size[1]}"
+    assert str(caught.value) == f"The picture is {asked}, but sides must be multiples of 8: the nearest {nearest}."
+
+
+def test_sizes_that_fit(space: LatentSpace) -> None:
     require_size((512, 768), space)
+    require_size((8, 8), space)
 
 
 def test_a_round_trip_is_exact() -> None:
