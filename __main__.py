@@ -59,8 +59,12 @@ def run(
     from .chains.run import run as run_chain
 
     job = _chain(chain, overrides, prompt, seed, steps, batch, cfg_scale, strength)
-    with _bars(job, on=progress and err.is_terminal) as watch:
-        result = run_chain(job, _shelf(models, device, dtype), output, watch)
+    try:
+        with _bars(on=progress and err.is_terminal) as watch:
+            result = run_chain(job, _shelf(models, device, dtype), output, watch)
+    except KeyboardInterrupt:  # typer would leave without a word
+        err.print(f"[red]unrolled:[/red] Interrupted; what was finished is in {output}.", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
     for note in dict.fromkeys(result.notes):
         err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
     for file in result.files:
@@ -130,9 +134,6 @@ def main() -> None:
     except MemoryError:
         err.print("[red]unrolled:[/red] Out of memory: make the batch or the picture smaller.", highlight=False)
         sys.exit(OUT_OF_MEMORY)
-    except KeyboardInterrupt:
-        err.print("[red]unrolled:[/red] Interrupted; what was finished is in the output folder.", highlight=False)
-        sys.exit(INTERRUPTED)
 
 
 def _chain(
@@ -167,7 +168,7 @@ def _shelf(models: str, device: str | None, dtype: str | None) -> Shelf:
 
 
 @contextmanager
-def _bars(chain: Chain, on: bool) -> Iterator[Any]:
+def _bars(on: bool) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not on) as progress:
         tasks: dict[str, TaskID] = {}

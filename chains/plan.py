@@ -74,7 +74,7 @@ def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, models: st
         size = _pixels_of(stage.name, before)
         factor = stage.factor if isinstance(stage, Resize) else 1.0
         return StagePlan(stage, "pixels", (round(size[0] * factor), round(size[1] * factor)))
-    source = find(stage.model, models)
+    source = find(stage.model, models, weights=False)
     check_classes(source)
     native, cell = source.sizes()
     if isinstance(stage, TextToImage):
@@ -143,7 +143,7 @@ def _notes(stage: Denoising, run: Run) -> Iterable[str]:
 def _require_same_space(stage: Denoising, before: StagePlan, source: Source, models: str) -> None:
     if not isinstance(before.stage, Denoising):
         return
-    prints = [_encoder(s) for s in (source, find(before.stage.model, models))]
+    prints = [_encoder(s) for s in (source, find(before.stage.model, models, weights=False))]
     if None not in prints and prints[0] != prints[1]:
         raise BadInput(
             f"{stage.model} and {before.stage.model} have different VAEs, so latents cannot be handed on: "

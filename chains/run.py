@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..core.errors import BadInput, Note, OutOfMemory, UnrolledError
-from ..core.files import numbered, write_atomically
+from ..core.files import claim, write_atomically
 from ..core.latents import Latents, batch
 from ..core.loading import Model, Shelf
 from ..core.loop import Step
@@ -189,26 +189,31 @@ def _hooks(
 
 def _write(chain: Chain, result: Result, folder: Path, film: list[Image.Image], stem: str = "output") -> None:
     models = {output.model.name: output.model for output in result.outputs.values() if output.model is not None}
-    names = numbered(folder, stem)
-    for seed, picture in zip(chain.seeds(), result.pictures, strict=True):
-        name = next(names)
+    for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
+        name = claim(folder, stem, ".json")
         facts = manifest(chain, seed, models, result.notes, result.seconds)
         text = parameters(chain, seed, picture.size, models)
-        for ending in chain.formats:
-            result.files.append(write_atomically(f"{name}.{ending}", encode(picture, ending, text, facts)))
-        write_atomically(f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
-        if chain.grid:
-            stages = [output.pictures()[seed - chain.seed] for output in result.outputs.values()]
-            sheet = finish.grid(stages, columns=len(stages), labels=list(result.outputs))
-            result.files.append(write_atomically(f"{name}-grid.png", encode(sheet, "png", text, facts)))
-        if chain.gif and seed == chain.seed:
-            result.files.append(write_atomically(f"{name}.gif", finish.gif([*(finish.resize(frame, size=picture.size) for frame in film), picture])))
+        try:
+            for ending in chain.formats:
+                result.files.append(write_atomically(f"{name}.{ending}", encode(picture, ending, text, facts)))
+            if chain.grid:
+                stages = [output.pictures()[index] for output in result.outputs.values()]
+                sheet = finish.grid(stages, columns=len(stages), labels=list(result.outputs))
+                result.files.append(write_atomically(f"{name}-grid.png", encode(sheet, "png", text, facts)))
+            if chain.gif and index == 0:
+                frames = [finish.resize(frame, size=picture.size) for frame in film]
+                result.files.append(write_atomically(f"{name}.gif", finish.gif([*frames, picture])))
+            write_atomically(f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        except BaseException:
+            if not Path(f"{name}.json").stat().st_size:
+                Path(f"{name}.json").unlink()
+            raise
 
 
 def _rescue(chain: Chain, result: Result, last: list[Step], folder: Path, shelf: Shelf) -> None:
     """Write what is there before an error goes on up."""
     if last:
-        path = folder / f"{next(numbered(folder, 'interrupted')).name}.safetensors"
+        path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
         last[0].latents.save(path)
         result.files.append(path)
     finished = [output for output in result.outputs.values() if output.made or output.latents is not None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -30,23 +29,40 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         os.replace(temporary, path)
         temporary = ""
     except OSError as error:
-        raise CannotWrite(
-            f"Could not write {path} ({error.strerror}): free some space or choose another folder with --output."
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:  # Ctrl-C too
         if temporary:
             Path(temporary).unlink(missing_ok=True)
     return path
 
 
-def numbered(folder: Path, stem: str) -> Iterator[Path]:
-    """``folder/stem_000``, ``_001`` and so on (without an ending), from the first number no file uses."""
-    taken = {p.name for p in folder.iterdir() if p.name.startswith(f"{stem}_")} if folder.is_dir() else set()
-    return (folder / f"{stem}_{i:03d}" for i in count(_first_free(taken, stem)))
+def claim(folder: Path, stem: str, ending: str) -> Path:
+    """The first of ``stem_000``, ``stem_001``, … in ``folder`` that no file uses, as a path without an ending.
+
+    Claimed by making ``stem_000<ending>`` exclusively, so that two processes never write to one name;
+    write that file last, or delete it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in count(_first_free({path.name for path in folder.iterdir()}, stem)):
+            path = folder / f"{stem}_{number:03d}"
+            try:
+                path.with_name(path.name + ending).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    raise AssertionError("unreachable: count() does not end")
+
+
+def _cannot_write(path: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"Could not write {path} ({error.strerror}): free some space or choose another folder with --output.")
 
 
 def _first_free(names: set[str], stem: str) -> int:
-    numbers = [name.removeprefix(f"{stem}_").split(".")[0].split("-")[0] for name in names]
+    rests = [name.removeprefix(f"{stem}_") for name in names if name.startswith(f"{stem}_")]
+    numbers = [rest.split(".")[0].split("-")[0] for rest in rests]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
 
 

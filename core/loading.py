@@ -166,8 +166,18 @@ def load(
     return Shelf(models, device, dtype, variant, revision).load(name)
 
 
-def find(name: str, models: str = "miniature", variant: str | None = None, revision: str | None = None) -> Source:
+def find(
+    name: str,
+    models: str = "miniature",
+    variant: str | None = None,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+) -> Source:
     """Where a model's components lie: short name, then folder, then hub id.
+
+    Args:
+        weights: False fetches only the configs from the hub.
 
     Raises:
         BadModel: nothing of that name can be found.
@@ -183,11 +193,11 @@ def find(name: str, models: str = "miniature", variant: str | None = None, revis
         if entry:
             raise BadModel(f"{models} holds no model folder {name} or {hub}: put one there or use --models miniature.")
     if entry:
-        return _folder(name, _download(entry.hub, variant, revision))
+        return _folder(name, _download(entry.hub, variant, revision, weights))
     if Path(name).is_dir():
         return _folder(name, Path(name))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _folder(name, _download(MOVED.get(name, name), variant, revision))
+        return _folder(name, _download(MOVED.get(name, name), variant, revision, weights))
     raise BadModel(f"There is no model {name!r}: use a folder, a hub id, or one of {', '.join(CATALOG)}.")
 
 
@@ -216,13 +226,13 @@ def _is_model(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or (folder / "unet").is_dir()
 
 
-def _download(repository: str, variant: str | None, revision: str | None) -> Path:
+def _download(repository: str, variant: str | None, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    weights = f"*.{variant}*safetensors" if variant else "*.safetensors"
     wanted = ["model_index.json", *(f"{part}/*.{end}" for part in (*COMPONENTS, "scheduler") for end in ("json", "txt"))]
-    wanted += [f"{part}/{weights}" for part in COMPONENTS]
+    if weights:
+        wanted += [f"{part}/*.{variant}*safetensors" if variant else f"{part}/*.safetensors" for part in COMPONENTS]
     skipped = None if variant else ["*.fp16.*", "*.fp16-*", "*.non_ema.*"]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=skipped))

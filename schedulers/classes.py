@@ -280,7 +280,7 @@ class DPMSolverMultistepConfig(_SigmaConfig):
     use_flow_sigmas: Literal[False] = False
     flow_shift: float = 1.0
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    lambda_min_clipped: Literal[None] | float = float("-inf")
+    lambda_min_clipped: float | None = Field(-math.inf, le=-math.inf)
     variance_type: None = None
     rescale_betas_zero_snr: bool = False
     use_dynamic_shifting: Literal[False] = False

@@ -67,10 +67,8 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
         return kind(**options)
     except ValidationError as error:
         fault = error.errors()[0]
-        option = ".".join(str(part) for part in fault["loc"])
-        raise BadModel(
-            f"{kind.__name__.replace('Config', 'Scheduler')} option {option} = {fault['input']!r} is not honoured: {fault['msg']}."
-        ) from error
+        name, option = kind.__name__.replace("Config", "Scheduler"), ".".join(str(part) for part in fault["loc"])
+        raise BadModel(f"{name} option {option} = {fault['input']!r} is not honoured: {fault['msg']}.") from error
 
 
 def read_scheduler_file(path: Path) -> dict[str, Any]:

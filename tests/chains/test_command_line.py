@@ -83,7 +83,9 @@ def test_interrupts(
 
     monkeypatch.setattr("unrolled.chains.run._run", stop)
     assert unrolled(monkeypatch, "run", "text-to-image", "--output", str(tmp_path)) == code
-    assert "Traceback" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert "Interrupted; what was finished is in" in printed or "Out of memory" in printed
 
 
 def test_plan_models_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,11 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import pytest
 from unrolled.core.errors import CannotWrite
-from unrolled.core.files import numbered, write_atomically
+from unrolled.core.files import claim, write_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -104,16 +103,28 @@ def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
 def test_numbers_never_overwrite(tmp_path: Path, there: list[str], first: str) -> None:
     for name in there:
         (tmp_path / name).touch()
-    names = list(islice(numbered(tmp_path, "run"), 3))
+    names = [claim(tmp_path, "run", ".json") for _ in range(3)]
     assert names[0] == tmp_path / first
     assert len({*names, *(tmp_path / name for name in there)}) == 3 + len(there)
 
 
 def test_numbers_in_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    assert next(numbered(tmp_path / "new", "run")).name == "run_000"
+    assert claim(tmp_path / "new", "run", ".json").name == "run_000"
 
 
 @pytest.mark.parametrize("stem", ["a[b]", "a*", "a?"])
 def test_a_stem_is_no_pattern(tmp_path: Path, stem: str) -> None:
     (tmp_path / f"{stem}_003.png").touch()
-    assert next(numbered(tmp_path, stem)).name == f"{stem}_004"
+    assert claim(tmp_path, stem, ".json").name == f"{stem}_004"
+
+
+def test_a_number_is_claimed_before_another_process_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.touch
+
+    def raced(path: Path, mode: int = 0o666, exist_ok: bool = True) -> None:
+        if path.name == "run_000.json" and not path.exists():
+            real(path)
+        real(path, mode, exist_ok)
+
+    monkeypatch.setattr(Path, "touch", raced)
+    assert claim(tmp_path, "run", ".json").name == "run_001"

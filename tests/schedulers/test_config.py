@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import pytest
-
 from unrolled.core.errors import BadInput, BadModel
 from unrolled.schedulers import PLMS, PNDM, DPMpp2M, Euler, Heun
 from unrolled.schedulers.clip import Clipped
@@ -127,7 +126,9 @@ def test_another_solver_takes_what_is_written_not_the_defaults() -> None:
     for name, kind in SOLVERS.items():
         theirs = getattr(diffusers, kind.__name__.replace("Config", "Scheduler")).from_config(pndm.config).config
         ours = read_scheduler(SD15, name).model_dump()
-        assert {key: value for key, value in ours.items() if key in theirs} == {key: theirs[key] for key in ours if key in theirs}
+        assert {key: value for key, value in ours.items() if key in theirs} == {
+            key: theirs[key] for key in ours if key in theirs
+        }
     assert read_scheduler(SD15, "euler").timestep_spacing == "linspace"
     assert read_scheduler({**SD15, "timestep_spacing": "leading"}, "euler").timestep_spacing == "leading"
 

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-
 from unrolled.core.errors import BadInput
 from unrolled.core.schedule import Schedule, timestep_of
 from unrolled.schedulers.config import read_scheduler
@@ -66,7 +65,10 @@ def test_index_by_training_time(options: dict[str, Any], fraction: float, index:
         ({"sigma": -0.1}, r"^A cut at sigma = -0\.1 is outside what is allowed, 0 to inf\.$"),
         ({"sigma": math.nan}, r"^A cut at sigma = nan is outside"),
         ({"training_time": 1.5}, r"^A cut at training_time = 1\.5 is outside what is allowed, 0 to 1\.$"),
-        ({"training_time": 0.5}, r"^This schedule does not know its training timesteps: cut it by step, steps_fraction or sigma\.$"),
+        (
+            {"training_time": 0.5},
+            r"^This schedule does not know its training timesteps: cut it by step, steps_fraction or sigma\.$",
+        ),
     ],
 )
 def test_index_refuses(cut: dict[str, Any], message: str) -> None:
