@@ -7,7 +7,7 @@ change it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
@@ -25,8 +25,16 @@ from ..core.solver import Solver
 from ..schedulers.classes import SchedulerConfig
 from ..schedulers.config import read_scheduler
 from ..schedulers.faithful import DiffusersPLMS
-from ..stages import inpaint as masks
 from ..stages.image import encode_image
+from ..stages.inpaint import (
+    inpaint_channels,
+    keep_known,
+    keeping_known,
+    known,
+    latent_mask,
+    require_same_size,
+    with_channels,
+)
 from ..stages.noise import add_noise, noise, start_step, unit_noise
 from ..stages.text import encode_text
 from .chain import Denoising, ImageToImage, Inpaint, TextToImage
@@ -81,23 +89,24 @@ def inpaint(
     run = plan_run(spec, model.scheduler)
     source = source or Noise(tuple(seeds), stream)
     cond, uncond = encode_prompts(model, spec)
-    clean = encode_image(model, picture, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
-    unit = unit_noise(clean, source)
-    start = add_noise(clean, run.schedule, unit)
-    if run.schedule.first == 0:  # all of it is repainted from pure noise, so nothing of the picture shines through
-        std = run.whole.start_std or run.whole.sigmas[0]
-        start = replace(start, x=unit * std)
+    require_same_size(picture, mask)
+    start = noise(model, run.whole, picture.height, picture.width, seeds, stream=stream, source=source)
+    if run.schedule.first or not model.inpaints:
+        clean = encode_image(model, picture, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
+        unit = unit_noise(clean, source)
+    if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
+        start = add_noise(clean, run.schedule, unit)
     if model.inpaints:
-        channels = masks.inpaint_channels(
+        channels = inpaint_channels(
             model, picture, mask, seeds=seeds, stream=stream,
             posterior=spec.posterior, downsample=spec.downsample, source=source,
         )  # fmt: skip
-        cond, uncond = masks.with_channels(cond, channels), masks.with_channels(uncond, channels)
+        cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
         return denoise(guided(model, spec, run, cond, uncond), start, run.schedule, run.solver, hooks, source)
-    cells = masks.latent_mask(mask, model.space, spec.downsample).to(clean.x)
-    known_at = masks.known(clean, unit, run.schedule)
-    denoiser = masks.keeping_known(guided(model, spec, run, cond, uncond), cells, known_at, run.schedule.sigmas[0])
-    return denoise(denoiser, start, run.schedule, run.solver, [masks.keep_known(cells, known_at), *hooks], source)
+    cells = latent_mask(mask, model.space, spec.downsample)
+    known_at = known(clean, unit, run.schedule)
+    denoiser = keeping_known(guided(model, spec, run, cond, uncond), cells, known_at, run.schedule.sigmas[0])
+    return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
 
 
 def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: float = 0.0) -> Run:

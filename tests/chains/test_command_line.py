@@ -1,6 +1,8 @@
 """The command line as its users meet it: one sentence for bad input, documented exit codes, no traceback."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +105,20 @@ def test_the_console_script_from_another_folder(tmp_path: Path) -> None:
     script = Path(sys.executable).parent / "unrolled"
     done = subprocess.run([script, "plan", "text-to-image"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "text-to-image" in done.stdout
+
+
+def test_the_same_chain_from_the_hubs_cache(tiny_folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    shutil.copytree(tiny_folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    script = Path(sys.executable).parent / "unrolled"
+    done = subprocess.run(
+        [script, "run", "text-to-image", "--models", "hub", "--steps", "2", "--output", tmp_path / "out"],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Image.open(tmp_path / "out" / "output_000.png").size == (64, 64)
