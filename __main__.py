@@ -95,10 +95,8 @@ def models() -> None:
     """List the models that have short names."""
     from .core.catalog import CATALOG
 
-    table = Table("name", "what it is", "on the hub")
     for name, entry in CATALOG.items():
-        table.add_row(name, entry.about, entry.hub)
-    out.print(table)
+        out.print(f"[bold]{name}[/bold]  {entry.about}\n    {entry.hub}", highlight=False, soft_wrap=True)
 
 
 @app.command()

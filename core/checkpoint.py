@@ -89,6 +89,19 @@ def _shards(folder: Path, variant: str | None) -> list[Path]:
     return sorted({folder / Path(name).name for index in indices for name in index.get("weight_map", {}).values()})
 
 
+def component_files(folder: Path, name: str, variant: str | None = None) -> list[Path]:
+    """The files that make a component what it is: weights and config, or a tokenizer's vocabulary.
+
+    Raises:
+        BadModel: one is missing or damaged.
+    """
+    if name == "tokenizer":
+        return sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt"))
+    files = weight_files(folder, variant)
+    read_json(folder / "config.json")
+    return [*files, folder / "config.json"]
+
+
 def fingerprint(files: list[Path]) -> str:
     """A digest of weight files: of all bytes where they are few, else of samples spread over each file.
 
@@ -134,9 +147,9 @@ def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | N
     library: Any = transformers if name == "text_encoder" else diffusers
     weight_files(folder, variant)
     config = read_json(folder / "config.json")
-    found = config.get("_class_name") or next(iter(config.get("architectures") or []), "unknown")
+    found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
     if found not in COMPONENTS[name]:
-        raise BadModel(f"{folder} holds a {found} where {name} must be a {' or '.join(COMPONENTS[name])}.")
+        raise BadModel(f"{folder} holds {found} where {name} must be a {' or '.join(COMPONENTS[name])}.")
     options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
     if library is transformers:  # weights of another shape are then in its report; diffusers raises for them
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import BadInput, SpaceMismatch
+from .errors import BadInput, NonFinite, SpaceMismatch
 from .files import write_atomically
 from .solver import History, Past
 
@@ -126,7 +126,15 @@ class Latents:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file, atomically."""
+        """Write everything to one safetensors file, atomically.
+
+        Raises:
+            NonFinite: x holds NaN or infinity; CannotWrite: see :func:`write_atomically`.
+        """
+        if not bool(torch.isfinite(self.x).all()):
+            raise NonFinite(
+                "These latents hold NaN or infinity and are not worth saving: the fault lies in the denoising before."
+            )
         tensors = {"x": self.x}
         for i, past in enumerate(self.history):
             tensors |= {f"history.{i}.x": past.x, f"history.{i}.x0": past.x0}

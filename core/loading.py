@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 
 from ..schedulers.config import read_scheduler
 from .catalog import CATALOG, MOVED, Entry
-from .checkpoint import COMPONENTS, encoder_fingerprint, fingerprint, read_component, read_json, weight_files
+from .checkpoint import (
+    COMPONENTS,
+    component_files,
+    encoder_fingerprint,
+    fingerprint,
+    read_component,
+    read_json,
+    weight_files,
+)
 from .denoiser import UNetDenoiser
 from .errors import BadInput, BadModel
 from .latents import LatentSpace
@@ -93,7 +101,6 @@ class Source:
         return int(read_json(self.folders["unet"] / "config.json").get("sample_size", 64)) * downscale, downscale
 
 
-@dataclass
 class Shelf:
     """Loads models; components with the same weights are loaded once.
 
@@ -101,18 +108,22 @@ class Shelf:
         models: "miniature" (offline stand-ins), "hub", or a folder that holds model folders.
         device, dtype: where and in what precision; by default CUDA in float16 if there is one, else
             the CPU in float32.
+        variant, revision: which of the weights in a folder ("fp16"), and which state of a hub repository.
     """
 
-    models: str = "miniature"
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-    variant: str | None = None
-    revision: str | None = None
-    _loaded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = self.dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
+    def __init__(
+        self,
+        models: str = "miniature",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.models, self.variant, self.revision = models, variant, revision
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
+        self._models: dict[str, Model] = {}
+        self._components: dict[tuple[str, str], Any] = {}
 
     def load(self, name: str) -> Model:
         """A model by short name, folder or hub id.
@@ -120,38 +131,41 @@ class Shelf:
         Raises:
             BadModel: it cannot be found, is damaged, of another class or not safe to read.
         """
+        if name not in self._models:
+            self._models[name] = self._load(name)
+        return self._models[name]
+
+    def _load(self, name: str) -> Model:
         source = find(name, self.models, self.variant, self.revision)
         check_classes(source)
-        device, dtype = torch.device(self.device or "cpu"), self.dtype or torch.float32
-        parts, prints = {}, {}
+        read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
+        parts, digests = {}, {}
         for component in COMPONENTS:
-            parts[component], prints[component] = self._component(source.folders[component], component, device, dtype)
-        files = weight_files(source.folders["vae"], self.variant)
+            parts[component], digests[component] = self._component(source.folders[component], component)
         config = parts["vae"].config
         space = LatentSpace(
             family=type(parts["vae"]).__name__,
             channels=config.latent_channels,
             downscale=2 ** (len(config.block_out_channels) - 1),
             scaling=config.scaling_factor,
-            fingerprint=encoder_fingerprint(files),
+            fingerprint=encoder_fingerprint(weight_files(source.folders["vae"], self.variant)),
         )
-        scheduler = source.scheduler
-        read_scheduler(scheduler)  # refuse what cannot be honoured now, not after the first stage
-        return Model(name, **parts, scheduler=scheduler, space=space, fingerprints=prints, device=device, dtype=dtype)
+        return Model(
+            name,
+            **parts,
+            scheduler=source.scheduler,
+            space=space,
+            fingerprints=digests,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
-    def _component(self, folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
-        if name == "tokenizer":
-            files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".txt")) if folder.is_dir() else []
-        else:
-            files = weight_files(folder, self.variant)
-            files = [*files, folder / "config.json"]
-            read_json(folder / "config.json")
-        print_ = fingerprint(files)
-        key = (name, print_, str(device), str(dtype))
-        if key not in self._loaded:
-            component = read_component(folder, name, dtype, self.variant)
-            self._loaded[key] = component if name == "tokenizer" else component.to(device)
-        return self._loaded[key], print_
+    def _component(self, folder: Path, name: str) -> tuple[Any, str]:
+        digest = fingerprint(component_files(folder, name, self.variant))
+        if (name, digest) not in self._components:
+            component = read_component(folder, name, self.dtype, self.variant)
+            self._components[name, digest] = component if name == "tokenizer" else component.to(self.device)
+        return self._components[name, digest], digest
 
 
 def load(

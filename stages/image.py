@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, NonFinite
 from ..core.latents import Latents
 from ..core.loading import Model
 from ..core.noise import Noise, NoiseSource
@@ -52,6 +52,8 @@ def encode_tensor(
         # One picture at a time: the encoder's memory would grow with the batch, its speed would not.
         parts = [vae.encode(pixel.to(model.device, vae.dtype)).latent_dist for pixel in torch.split(pixels, 1)]
     mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise NonFinite(f"The VAE encoder gave NaN or infinity in {model.vae.dtype}: load the model in float32 or bfloat16.")
     if posterior == "sample":
         mean = mean + std * source(mean.shape, purpose).to(mean)
     return mean * model.space.scaling

@@ -117,10 +117,6 @@ STOCHASTIC: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ddpm", {}, {}),
     ("euler-ancestral", {}, {}),
 ]
-    ("ddim", {}, {"eta": 0.7}),
-    ("ddpm", {}, {}),
-    ("euler-ancestral", {}, {}),
-]
 
 
 @pytest.mark.parametrize(("name", "options", "more"), [*STOCHASTIC, ("pndm", {}, {}), ("dpm++2m", {}, {})])

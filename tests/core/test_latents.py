@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unrolled.core.errors import BadInput, CannotWrite, SpaceMismatch
+from unrolled.core.errors import BadInput, NonFinite, SpaceMismatch
 from unrolled.core.latents import CLEAN, Latents, LatentSpace, batch
 from unrolled.core.loading import Model
 from unrolled.core.solver import Past
@@ -175,3 +175,9 @@ def test_a_batch_keeps_histories_of_other_levels_apart(noisy: Latents) -> None:
 def test_a_batch_of_nothing() -> None:
     with pytest.raises(BadInput, match="at least one"):
         batch([])
+
+
+def test_nan_is_not_saved(space: LatentSpace, tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="hold NaN or infinity and are not worth saving"):
+        Latents(torch.full((1, 4, 2, 2), torch.nan), space).save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
