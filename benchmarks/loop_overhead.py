@@ -146,7 +146,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "model": "miniature sd-1.5, 64x64, float32",
-        "job": f"text to image, {STEPS} steps, guidance 7.0, one picture; median of {2 * args.rounds} interleaved runs a side",
+        "job": f"text to image, {STEPS} steps, guidance 7.0, one picture; median of {2 * args.rounds} runs a side",
         "versions": versions(),
         "solvers": rows,
         "peak_memory_mb": memory | {"ratio": ratio},

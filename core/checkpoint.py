@@ -149,7 +149,7 @@ def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | N
     config = read_json(folder / "config.json")
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
     if found not in COMPONENTS[name]:
-        raise BadModel(f"{folder} holds {found} where {name} must be a {' or '.join(COMPONENTS[name])}.")
+        raise BadModel(f"{folder} holds {found} where {name} must be {' or '.join(COMPONENTS[name])}.")
     options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
     if library is transformers:  # weights of another shape are then in its report; diffusers raises for them
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}

@@ -17,8 +17,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from . import networks, train, world
+from . import networks, world
+from .pictures import as_tensor, latents, pixels
 
+HERE: Final = Path(__file__).parent
 COUNT: Final = 64
 NEEDED: Final = 56
 CAPTION_HEIGHT: Final = 34
@@ -53,8 +55,8 @@ def generate(folder: Path, prompts: Sequence[str], steps: int, guidance: float) 
 def nearest(folder: Path, data: Path, things: Sequence[world.Thing], pictures: Sequence[Image.Image]) -> list[int]:
     """For each picture, the thing whose own picture lies nearest in latent space."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    known = train.latents(vae, train.pixels(data, [thing.stem for thing in things])).flatten(1)
-    made = train.latents(vae, train.as_tensor(pictures)).flatten(1)
+    known = latents(vae, pixels(data, [thing.stem for thing in things])).flatten(1)
+    made = latents(vae, as_tensor(pictures)).flatten(1)
     return [int(index) for index in (torch.cdist(made, known) * vae.config.scaling_factor).argmin(1)]
 
 
@@ -80,9 +82,9 @@ def main() -> int:
     """Measure, write `quality.json` and the contact sheet, and fail if the gate does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two npm packages, unpacked")
-    parser.add_argument("--model", type=Path, default=train.HERE / "sd-1.5")
-    parser.add_argument("--report", type=Path, default=train.HERE / "quality.json")
-    parser.add_argument("--sheet", type=Path, default=train.HERE.parent / "docs" / "miniatures" / "contact-sheet.png")
+    parser.add_argument("--model", type=Path, default=HERE / "sd-1.5")
+    parser.add_argument("--report", type=Path, default=HERE / "quality.json")
+    parser.add_argument("--sheet", type=Path, default=HERE.parent / "docs" / "miniatures" / "contact-sheet.png")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=2024)

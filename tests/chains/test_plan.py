@@ -108,7 +108,7 @@ def test_handoffs_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(BadChain, match="which is no level of its schedule"):
         plan(chain(tmp_path, other_steps))
     ignored = SPLIT.format(stop="step = 4").replace('start = "handoff"', "strength = 0.5")
-    with pytest.raises(BadChain, match='handed latents at sigma .*: give start = "handoff"'):
+    with pytest.raises(BadChain, match=r'handed latents at sigma .*: give start = "handoff"'):
         plan(chain(tmp_path, ignored))
 
 

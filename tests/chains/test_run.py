@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from unrolled.chains import jobs
 from unrolled.chains import run as runner
 from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Sharpen, Stage, TextToImage
 from unrolled.chains.run import run
@@ -156,14 +157,14 @@ def test_a_fault_in_a_later_stage_names_it_and_keeps_the_first(shelf: Shelf, two
 def test_a_batch_too_large_for_memory_is_run_in_parts(
     shelf: Shelf, text: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner.jobs.text_to_image
+    real = jobs.text_to_image
 
     def small(model: object, spec: object, seeds: tuple[int, ...], *rest: object) -> object:
         if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, spec, seeds, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner.jobs, "text_to_image", small)
+    monkeypatch.setattr(jobs, "text_to_image", small)
     result = run(Chain(stages=(text,), batch=5), shelf, tmp_path)
     assert len(list(tmp_path.glob("output_*.png"))) == len(result.pictures) == 5
     assert any("did not fit into memory" in note for note in result.notes)
@@ -175,7 +176,7 @@ def test_one_image_too_large_for_memory(
     def never(*_: object) -> object:
         raise MemoryError
 
-    monkeypatch.setattr(runner.jobs, "text_to_image", never)
+    monkeypatch.setattr(jobs, "text_to_image", never)
     with pytest.raises(OutOfMemory, match="Stage 'text' ran out of memory: make the batch or the picture smaller"):
         run(Chain(stages=(text,)), shelf, tmp_path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unrolled.core.errors import BadInput, NonFinite, SpaceMismatch
+from unrolled.core.errors import BadInput, CannotWrite, NonFinite, SpaceMismatch
 from unrolled.core.latents import CLEAN, Latents, LatentSpace, batch
 from unrolled.core.loading import Model
 from unrolled.core.solver import Past

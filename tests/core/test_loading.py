@@ -317,13 +317,13 @@ UNREADABLE = "is damaged and cannot be read as"
         (text("model_index.json", "not json"), rf"model_index\.json {UNREADABLE} JSON \("),
         (
             config("unet/config.json", _class_name="UNet3DConditionModel"),
-            r"unet holds a UNet3DConditionModel where unet must be a UNet2DConditionModel\.",
+            r"unet holds UNet3DConditionModel where unet must be UNet2DConditionModel\.",
         ),
         (
             config("text_encoder/config.json", architectures=["T5EncoderModel"]),
-            r"text_encoder holds a T5EncoderModel where text_encoder must be a CLIPTextModel\.",
+            r"text_encoder holds T5EncoderModel where text_encoder must be CLIPTextModel\.",
         ),
-        (config("text_encoder/config.json", architectures=None), r"text_encoder holds a unknown where"),
+        (config("text_encoder/config.json", architectures=None), r"text_encoder holds no named class where"),
         (
             config("model_index.json", vae=["diffusers", "AutoencoderTiny"]),
             r"model_index\.json wants vae to be a AutoencoderTiny, but only AutoencoderKL is allowed there\.",

@@ -33,5 +33,5 @@ def test_sizes_and_counts_that_do_not_fit(tiny: Model, picture: Image.Image) -> 
 def test_an_encoder_that_overflows_is_named(tiny_folder: str, picture: Image.Image) -> None:
     model = load(str(tiny_folder), device="cpu")
     model.vae.encoder.conv_in.weight.data.fill_(torch.nan)
-    with pytest.raises(NonFinite, match="The VAE encoder gave NaN or infinity in torch.float32"):
+    with pytest.raises(NonFinite, match=r"The VAE encoder gave NaN or infinity in torch\.float32"):
         encode_image(model, picture)
