@@ -6,6 +6,7 @@ change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ def inpaint(
         return denoise(guided(model, spec, run, cond, uncond), start, run.schedule, run.solver, hooks, source)
     cells = latent_mask(mask, model.space, spec.downsample)
     known_at = known(clean, unit, run.schedule)
-    denoiser = keeping_known(guided(model, spec, run, cond, uncond), cells, known_at, run.schedule.sigmas[0])
+    pure = math.inf if run.schedule.first else run.schedule.sigmas[0]
+    denoiser = keeping_known(guided(model, spec, run, cond, uncond), cells, known_at, pure)
     return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
 
 

@@ -28,7 +28,8 @@ class Heun:
         euler = here.x0.add(here.eps, alpha=sigma_next)
         if not sigma_next:
             return euler, ()
-        # The slope dx/dsigma is (x - x0) / sigma, which is eps unless x0 was edited.
+        # The slope dx/dsigma is (x - x0) / sigma, which is eps unless x0 was edited; a wrapper of the
+        # denoiser may have edited the x it saw too (inpainting does).
         there = denoise(euler, sigma_next)
-        slope = ((x - here.x0) / sigma + (euler - there.x0) / sigma_next) / 2
+        slope = ((here.x - here.x0) / sigma + (there.x - there.x0) / sigma_next) / 2
         return x.add(slope, alpha=sigma_next - sigma), ()

@@ -107,11 +107,11 @@ def keep_known(mask: Tensor, known_at: Callable[[float], Tensor]) -> Callable[[S
     return hook
 
 
-def keeping_known(denoiser: Denoiser, mask: Tensor, known_at: Callable[[float], Tensor], start: float) -> Denoiser:
-    """The same before every evaluation inside a step (Heun's second), not at the run's ``start``, which is noise."""
+def keeping_known(denoiser: Denoiser, mask: Tensor, known_at: Callable[[float], Tensor], pure: float) -> Denoiser:
+    """The same before every evaluation inside a step (Heun's second), not at ``pure``, the level of pure noise."""
 
     def denoise(x: Tensor, sigma: float, timestep: float) -> Prediction:
-        if sigma != start:
+        if sigma != pure:
             x = torch.lerp(known_at(sigma), x, mask.to(x))
         return denoiser(x, sigma, timestep)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from unrolled.chains import jobs
-from unrolled.chains import run as runner
 from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Sharpen, Stage, TextToImage
 from unrolled.chains.run import run
 from unrolled.core.errors import BadInput, CannotWrite, NonFinite, OutOfMemory
 from unrolled.core.latents import Latents
-from unrolled.core.loading import Shelf
+from unrolled.core.loading import Model, Shelf
 from unrolled.core.loop import Step
+from unrolled.stages.decode import decode
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,13 @@ def test_a_split_chain_equals_the_unsplit_one_bit_for_bit(shelf: Shelf, text: Te
 
 
 def test_latents_are_handed_on_without_decoding(shelf: Shelf, text: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[object] = []
-    real = runner.decode
-    monkeypatch.setattr(runner, "decode", lambda *a, **k: decoded.append(a) or real(*a, **k))
+    decoded: list[Latents] = []
+
+    def counted(model: Model, latents: Latents, *, tiled: bool | None) -> list[Image.Image]:
+        decoded.append(latents)
+        return decode(model, latents, tiled=tiled)
+
+    monkeypatch.setattr("unrolled.chains.run.decode", counted)
     second = ImageToImage(model=text.model, prompt="a house", steps=4, strength=0.5)
     run(Chain(stages=(text, second)), shelf)
     assert len(decoded) == 1
