@@ -1,4 +1,4 @@
-"""What both denoisers learn: to take Stable Diffusion's noise off the world's latents, so that guidance works."""
+"""What both denoisers learn: to take Stable Diffusion's noise off the world's latents."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Final
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
-from torch.nn.functional import mse_loss
 from transformers import CLIPTokenizer
 
 from . import networks, words, world
 from .pictures import latents, pixels
 
-EMPTY: Final = 0.25
-GUIDANCE: Final = 4.0
+EMPTY: Final = 0.15
 
 
 class Denoising:
@@ -36,46 +34,34 @@ class Denoising:
         factor: float = self.vae.config.scaling_factor
         return latents(self.vae, pictures) * factor
 
-    def tokens(self, tokenizer: CLIPTokenizer, step: int, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A fresh caption for each chosen thing, or an empty one; and which are empty."""
+    def tokens(self, tokenizer: CLIPTokenizer, step: int, chosen: Sequence[int], empty: float = EMPTY) -> Tensor:
+        """A fresh caption for each chosen thing, or an empty one, which is what guidance steers away from."""
         rng = random.Random(f"{self.args.seed}/captions/{step}")
-        texts = ["" if rng.random() < EMPTY else world.caption(self.things[i], rng) for i in chosen]
+        texts = ["" if rng.random() < empty else world.caption(self.things[i], rng) for i in chosen]
         encoded = tokenizer(texts, padding="max_length", max_length=words.LENGTH, truncation=True, return_tensors="pt")
-        return encoded.input_ids, torch.tensor([not text for text in texts])
+        ids: Tensor = encoded.input_ids
+        return ids
 
-    def uninformed(self, noisy: Tensor, kept: Tensor) -> Tensor:
-        """The noise that someone must predict who knows the world but not the caption, in closed form.
-
-        The world is finite: the best guess at the picture is the average of all, weighted by how likely each is.
-        """
-        known = self.clean.flatten(1)
-        away = torch.cdist(noisy.flatten(1)[:, None], kept.sqrt()[:, None, None] * known)[:, 0] ** 2
-        guess = (torch.softmax(-away / (2 * (1 - kept[:, None])), 1) @ known).view_as(noisy)
-        kept = kept.view(-1, 1, 1, 1)
-        return (noisy - kept.sqrt() * guess) / (1 - kept).sqrt()
-
-    def loss(self, unet: UNet2DConditionModel, clean: Tensor, text: Tensor, empty: Tensor, *beside: Tensor) -> Tensor:
-        """The error of the predicted noise, with min-SNR weights (gamma 5); the steps are spread evenly.
-
-        A network that has its pictures by heart predicts them outright from the caption, and guidance of the usual
-        strength then overshoots every colour.  So it is asked for a quarter only of the way from the uninformed
-        prediction to the true one; guidance goes the rest.  Where a part of the picture is seen that tells it anyway.
-        """
+    def noised(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents with noise on them, the noise, the steps (spread evenly) and their min-SNR weights (gamma 5)."""
         count = len(clean)
-        time = (torch.randperm(count) + torch.rand(count)) / count
-        steps = (time * networks.TRAIN_STEPS).long()
-        kept = self.alphas[steps]
+        steps = ((torch.randperm(count) + torch.rand(count)) / count * networks.TRAIN_STEPS).long()
+        kept = self.alphas[steps].view(-1, 1, 1, 1)
         noise = torch.randn_like(clean)
-        signal = kept.sqrt().view(-1, 1, 1, 1) * clean
-        noisy = signal + (1 - kept).sqrt().view(-1, 1, 1, 1) * noise
-        share = torch.where(empty, 0.0, 1 / GUIDANCE)
-        if beside:  # inpainting: the mask comes first
-            share = torch.where(beside[0].mean((1, 2, 3)) < 1, 1.0, share)
-        target = torch.lerp(self.uninformed(noisy, kept), noise, share.view(-1, 1, 1, 1))
-        inputs = torch.cat([noisy, *beside], 1).contiguous(memory_format=torch.channels_last)
-        error = mse_loss(unet(inputs, steps, text).sample, target, reduction="none").mean((1, 2, 3))
         ratio = kept / (1 - kept)
-        return (error * ratio.clamp(max=5) / ratio).mean()
+        return kept.sqrt() * clean + (1 - kept).sqrt() * noise, noise, steps, ratio.clamp(max=5) / ratio
+
+    def loss(self, unet: UNet2DConditionModel, clean: Tensor, text: Tensor, *beside: Tensor) -> Tensor:
+        """The weighted error of the predicted noise."""
+        noisy, noise, steps, weights = self.noised(clean)
+        return (weights * (predicted(unet, noisy, steps, text, *beside) - noise) ** 2).mean()
+
+
+def predicted(unet: UNet2DConditionModel, noisy: Tensor, steps: Tensor, text: Tensor, *beside: Tensor) -> Tensor:
+    """A UNet's prediction, with what an inpainting UNet sees besides."""
+    inputs = torch.cat([noisy, *beside], 1).contiguous(memory_format=torch.channels_last)
+    sample: Tensor = unet(inputs, steps, text).sample
+    return sample
 
 
 def hole(rng: random.Random) -> Tensor:

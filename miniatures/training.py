@@ -44,7 +44,7 @@ class Training:
 
     def run(self, losses: Callable[[int], Losses], publish: Callable[[Report], None]) -> None:
         """Train to the last step, publishing the averaged weights now and then (`self.smoothed` is on then)."""
-        begun, sums, every = time.monotonic() - self.seconds, dict[str, float](), self.args.every
+        begun, sums = time.monotonic() - self.seconds, dict[str, list[float]]()
         for step in range(self.done, self.args.steps):
             torch.manual_seed(self.args.seed * 1_000_003 + step)
             for group in self.optimiser.param_groups:
@@ -59,14 +59,16 @@ class Training:
                 for name, value in self.parts.state_dict().items():
                     self.smooth[name].lerp_(value, 1 - keep)
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item() / 50
+                sums.setdefault(name, []).append(term.item())
             if (step + 1) % 50 == 0:
                 self.seconds = time.monotonic() - begun
-                self.curve.append({"step": step + 1, **{name: round(value, 5) for name, value in sums.items()}})
+                self.curve.append(
+                    {"step": step + 1, **{name: round(sum(values) / len(values), 5) for name, values in sums.items()}}
+                )
                 print(self.curve[-1], f"{self.seconds:.0f} s", flush=True)
                 sums.clear()
             self.done = step + 1
-            if self.done % every == 0 or self.done == self.args.steps:
+            if self.done % self.args.every == 0 or self.done == self.args.steps:
                 self.save()
                 self.show(publish)
 
