@@ -6,7 +6,7 @@ Everything a script needs is here; the map of the house is in the README.
 from .core.conditioning import Conditioning
 from .core.denoiser import Denoiser, UNetDenoiser, conditioned, edited
 from .core.errors import Note, UnrolledError
-from .core.guidance import classifier_free, per_step, within
+from .core.guidance import classifier_free
 from .core.latents import Latents, LatentSpace
 from .core.loading import Model, Shelf, load
 from .core.loop import Step, denoise, steps
@@ -18,7 +18,7 @@ from .schedulers import DDIM, DDPM, PLMS, PNDM, DPMpp2M, Euler, EulerAncestral, 
 from .stages.decode import decode
 from .stages.finish import gif, grid, resize, sharpen
 from .stages.image import encode_image
-from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
+from .stages.inpaint import composite, inpaint_channels, latent_mask, with_channels
 from .stages.noise import add_noise, noise, start_step, unit_noise
 from .stages.pictures import read_mask, read_picture
 from .stages.text import encode_text
@@ -63,12 +63,9 @@ __all__ = [
     "gif",
     "grid",
     "inpaint_channels",
-    "keep_known",
-    "known",
     "latent_mask",
     "load",
     "noise",
-    "per_step",
     "read_mask",
     "read_picture",
     "resize",
@@ -77,5 +74,4 @@ __all__ = [
     "steps",
     "unit_noise",
     "with_channels",
-    "within",
 ]

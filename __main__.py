@@ -14,8 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from .core.errors import UnrolledError
+from .core.errors import OutOfMemory, UnrolledError
 
 if TYPE_CHECKING:
     from .chains.chain import Chain, Stage
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .core.loading import Shelf
     from .core.loop import Step
 
-INTERRUPTED, OUT_OF_MEMORY = 130, 6
+INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -58,17 +59,19 @@ def run(
     """Run a chain and write its pictures."""
     from .chains.run import run as run_chain
 
-    job = _chain(chain, overrides, prompt, seed, steps, batch, cfg_scale, strength)
+    job = _chain(
+        chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
+    )
     try:
         with _bars(on=progress and err.is_terminal) as watch:
             result = run_chain(job, _shelf(models, device, dtype), output, watch)
     except KeyboardInterrupt:  # typer would leave without a word
-        err.print(f"[red]unrolled:[/red] Interrupted; what was finished is in {output}.", highlight=False)
+        _say(f"Interrupted; what was finished is in {output}.")
         raise typer.Exit(INTERRUPTED) from None
     for note in dict.fromkeys(result.notes):
-        err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+        _say(note, "note")
     for file in result.files:
-        out.print(str(file), highlight=False, soft_wrap=True)
+        out.print(str(file), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -86,8 +89,10 @@ def plan(
     """Show what a chain will run, and find its mistakes, without loading a model."""
     from .chains.plan import plan as plan_chain
 
-    job = _chain(chain, overrides, prompt, seed, steps, batch, cfg_scale, strength)
-    out.print(_plan_table(plan_chain(job, models), job))
+    job = _chain(
+        chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
+    )
+    out.print(_plan_table(plan_chain(job, _shelf(models, None, None)), job))
 
 
 @app.command()
@@ -113,8 +118,8 @@ def doctor() -> None:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the CPU is used"
     table.add_row("CUDA device", cuda)
     table.add_row("CPU threads", str(torch.get_num_threads()))
-    for name, reason in backends().items():
-        table.add_row(f"attention: {name}", reason or "can run")
+    for name, state in backends().items():
+        table.add_row(f"attention: {name}", state)
     out.print(table)
 
 
@@ -127,28 +132,19 @@ def main() -> None:
     try:
         app()
     except UnrolledError as error:
-        err.print(f"[red]unrolled:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         sys.exit(error.exit_code)
     except MemoryError:
-        err.print("[red]unrolled:[/red] Out of memory: make the batch or the picture smaller.", highlight=False)
-        sys.exit(OUT_OF_MEMORY)
+        _say("Out of memory: make the batch or the picture smaller.")
+        sys.exit(OutOfMemory.exit_code)
 
 
-def _chain(
-    source: str,
-    overrides: list[str] | None,
-    prompt: str | None,
-    seed: int | None,
-    steps: int | None,
-    batch: int | None,
-    cfg_scale: float | None,
-    strength: float | None,
-) -> Chain:
+def _chain(source: str, overrides: list[str] | None, **shared: Any) -> Chain:
     from .chains.chain import read_chain
 
-    seed = secrets.randbelow(2**32) if seed == -1 else seed
-    shared: dict[str, Any] = {"prompt": prompt, "seed": seed, "steps": steps, "batch": batch}
-    return read_chain(source, overrides or (), **shared, guidance_scale=cfg_scale, strength=strength)
+    if shared["seed"] == -1:
+        shared["seed"] = secrets.randbelow(2**32)
+    return read_chain(source, overrides or (), **shared)
 
 
 def _shelf(models: str, device: str | None, dtype: str | None) -> Shelf:
@@ -191,16 +187,14 @@ def _plan_table(stages: list[StagePlan], chain: Chain) -> Table:
             levels = item.run.schedule.sigmas
             row[2:4] = [getattr(item.stage, "model", ""), item.run.schedule.origin]
             row[4:7] = [str(len(item.run.schedule)), str(item.evaluations), f"{levels[0]:.3g} → {levels[-1]:.3g}"]
-        table.add_row(*map(_escape, row))
+        table.add_row(*map(Text, row))
     notes = [f"{item.stage.name}: {note}" for item in stages for note in item.notes]
-    table.caption = _escape("\n".join(notes)) or None
+    table.caption = Text("\n".join(notes)) if notes else None
     return table
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _say(sentence: str, what: str = "unrolled") -> None:
+    err.print(f"{what}: {sentence}", highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Denoising(_Named):
     model: str = "sd-1.5"
     prompt: str = ""
     negative_prompt: str = ""
-    steps: int = Field(30, ge=1)
+    steps: int = Field(30, ge=1, strict=True)
     guidance_scale: float | list[float] = 7.5
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
     guidance_interval: tuple[int, int] | None = Field(None, description="first and last + 1 step that is guided")
@@ -78,7 +78,7 @@ class TextToImage(Denoising):
 
 class _FromPicture(Denoising):
     image: str | None = Field(None, description="a picture file, instead of a stage's output")
-    fit: bool = Field(False, description="resize the picture and mask files to the model's native size")
+    fit: bool = Field(False, description="crop and resize picture and mask files to the size they are needed in")
     posterior: Posterior = "sample"
     strength: float | None = None
     first_step: int | None = Field(None, ge=0)
@@ -88,6 +88,8 @@ class _FromPicture(Denoising):
     def _one_start(self) -> _FromPicture:
         if self.strength is not None and self.first_step is not None:
             raise ValueError("give strength or first_step, not both")
+        if self.via and self.image:
+            raise ValueError("via says how a stage's output is handed on, it has no effect with image")
         return self
 
 
@@ -99,7 +101,7 @@ class ImageToImage(_FromPicture):
 
     @model_validator(mode="after")
     def _handoff_alone(self) -> ImageToImage:
-        if self.start == "handoff" and (self.image or self.strength or self.first_step or self.via):
+        if self.start == "handoff" and any(v is not None for v in (self.image, self.strength, self.first_step, self.via)):
             raise ValueError('start = "handoff" goes on from noisy latents: leave out image, strength, first_step and via')
         return self
 
@@ -113,6 +115,12 @@ class Inpaint(_FromPicture):
     mask_blur: float = Field(0.0, ge=0.0)
     downsample: Downsample = "max"
     composite: bool = True
+
+    @model_validator(mode="after")
+    def _blur_of_a_composite(self) -> Inpaint:
+        if self.mask_blur and not self.composite:
+            raise ValueError("mask_blur fades the edge of the composite, it has no effect with composite = false")
+        return self
 
 
 class Sharpen(_Named):
@@ -144,8 +152,8 @@ class Chain(_Checked):
     """
 
     stages: tuple[Stage, ...] = Field(min_length=1)
-    seed: int = 0
-    batch: int = Field(1, ge=1)
+    seed: int = Field(0, strict=True)
+    batch: int = Field(1, ge=1, strict=True)
     formats: tuple[Literal["png", "jpg", "webp"], ...] = ("png",)
     grid: bool = False
     gif: bool = False
@@ -173,7 +181,9 @@ class Chain(_Checked):
     def before(self, index: int) -> Stage | None:
         """The stage whose output stage ``index`` takes."""
         after = self.stages[index].after
-        return next(s for s in self.stages if s.name == after) if after else self.stages[index - 1] if index else None
+        if after is not None:
+            return next(stage for stage in self.stages if stage.name == after)
+        return self.stages[index - 1] if index else None
 
     def seeds(self) -> tuple[int, ...]:
         """One per image: seed + i."""
@@ -274,12 +284,16 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
     shared = any(first in kind.model_fields for kind in _KINDS.values())
     if first not in names and not shared:
         raise BadChain(f"--set {override!r} names no stage of this chain; its stages are {', '.join(names)}.")
-    # A table such as scheduler may be reached into for all stages at once.
-    target = stages[names.index(first)] if first in names else document.setdefault(first, {})
+    # A table such as scheduler may be reached into in all stages at once.
+    tables = [stages[names.index(first)]] if first in names else [document.setdefault(first, {})]
+    tables += [stage[first] for stage in stages if first not in names and first in stage]
     *parents, last = rest.split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-    target[last] = value
+    for table in tables:
+        for parent in parents:
+            table = table.setdefault(parent, {}) if isinstance(table, dict) else table
+        if not isinstance(table, dict):
+            raise BadChain(f"--set {override!r} reaches into {first}, which is a single value.")
+        table[last] = value
 
 
 def _find(source: str | Path) -> Path:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
-from torch import Tensor
 
 from ..core.conditioning import Conditioning
 from ..core.denoiser import Denoiser, UNetDenoiser, conditioned
 from ..core.errors import BadInput
-from ..core.guidance import GuidanceScale, classifier_free, per_step
+from ..core.guidance import GuidanceScale, classifier_free, per_step, within
 from ..core.latents import Latents
 from ..core.loading import Model
 from ..core.loop import Step, denoise
@@ -54,11 +53,16 @@ class Run:
 
 
 def text_to_image(
-    model: Model, spec: TextToImage, seeds: Sequence[int], hooks: Sequence[Hook] = (), source: NoiseSource | None = None
+    model: Model,
+    spec: TextToImage,
+    seeds: Sequence[int],
+    stream: str = "",
+    hooks: Sequence[Hook] = (),
+    source: NoiseSource | None = None,
 ) -> Latents:
     """Pure noise to latents of what the prompt says."""
     run = plan_run(spec, model.scheduler)
-    latents = noise(model, run.whole, spec.height, spec.width, seeds, source=source)
+    latents = noise(model, run.whole, spec.height, spec.width, seeds, stream=stream, source=source)
     cond, uncond = encode_prompts(model, spec)
     denoiser = guided(model, spec, run, cond, uncond)
     return denoise(denoiser, latents, run.schedule, run.solver, hooks, source)
@@ -69,7 +73,7 @@ def image_to_image(
 ) -> Latents:
     """Noise clean latents to the strength's level and denoise them; or go on from a handoff's level."""
     model.space.require(start.space, f"The model {model.name}")
-    run = plan_run(spec, model.scheduler, start.sigma)
+    run = plan_run(spec, model.scheduler, start.sigma if spec.start == "handoff" else None)
     latents = start if spec.start == "handoff" else add_noise(start, run.schedule, unit_noise(start, source))
     cond, uncond = encode_prompts(model, spec)
     denoiser = guided(model, spec, run, cond, uncond)
@@ -79,27 +83,30 @@ def image_to_image(
 def inpaint(
     model: Model,
     spec: Inpaint,
-    picture: Image.Image,
+    pictures: Sequence[Image.Image],
     mask: Image.Image,
     seeds: Sequence[int],
     stream: str = "",
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
 ) -> Latents:
-    """Repaint where the mask is white, with a UNet of 9 channels or, blending every step, of 4."""
+    """Repaint where the mask is white, with a UNet of 9 channels or, blending every step, of 4.
+
+    One picture serves all seeds, or there is one per seed.
+    """
     run = plan_run(spec, model.scheduler)
     source = source or Noise(tuple(seeds), stream)
     cond, uncond = encode_prompts(model, spec)
-    require_same_size(picture, mask)
-    start = noise(model, run.whole, picture.height, picture.width, seeds, stream=stream, source=source)
+    for picture in pictures:
+        require_same_size(picture, mask)
+    start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=source)
     if run.schedule.first or not model.inpaints:
-        clean = encode_image(model, picture, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
+        clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
         unit = unit_noise(clean, source)
     if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
         start = add_noise(clean, run.schedule, unit)
     if model.inpaints:
-        channels = inpaint_channels(
-            model, picture, mask, seeds=seeds, stream=stream,
+        channels = inpaint_channels(model, pictures, mask, seeds=seeds, stream=stream,
             posterior=spec.posterior, downsample=spec.downsample, source=source,
         )  # fmt: skip
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
@@ -111,7 +118,7 @@ def inpaint(
     return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
 
 
-def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: float = 0.0) -> Run:
+def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: float | None = None) -> Run:
     """What a stage will run, from its options and the checkpoint's scheduler config alone.
 
     Raises:
@@ -121,7 +128,7 @@ def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: fl
     whole = config.schedule(spec.steps)
     solver = config.solver(spec.steps, eta=spec.eta, faithful=spec.faithful)
     first, schedule = first_step(spec, whole, handoff_sigma), whole
-    if first and spec.faithful and isinstance(solver, DiffusersPLMS) and handoff_sigma == 0.0:
+    if first and spec.faithful and isinstance(solver, DiffusersPLMS) and handoff_sigma is None:
         schedule, solver = solver.started_at(whole, first)
     elif first:
         schedule = whole[first:]
@@ -132,9 +139,9 @@ def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: fl
     return Run(whole, schedule, solver, config)
 
 
-def first_step(spec: Denoising, whole: Schedule, handoff_sigma: float = 0.0) -> int:
+def first_step(spec: Denoising, whole: Schedule, handoff_sigma: float | None = None) -> int:
     """The first step a stage runs: by its strength, its first_step, or where the handoff left off."""
-    if isinstance(spec, ImageToImage) and spec.start == "handoff":
+    if handoff_sigma is not None:
         matches = [i for i, sigma in enumerate(whole.sigmas[:-1]) if abs(sigma - handoff_sigma) <= 1e-4 * sigma]
         if not matches:
             raise BadInput(
@@ -154,16 +161,13 @@ def first_step(spec: Denoising, whole: Schedule, handoff_sigma: float = 0.0) -> 
 
 def encode_prompts(model: Model, spec: Denoising) -> tuple[Conditioning, Conditioning]:
     """The prompt's and the negative prompt's conditioning; clip skip is the prompt's alone, as in diffusers."""
-    if spec.chunks:
-        both = encode_text(model, [spec.prompt, spec.negative_prompt], clip_skip=spec.clip_skip, chunks=True)
-        context = _context(both)
-        return Conditioning(context=context[:1]), Conditioning(context=context[1:])
-    return encode_text(model, spec.prompt, clip_skip=spec.clip_skip), encode_text(model, spec.negative_prompt)
+    cond = encode_text(model, spec.prompt, clip_skip=spec.clip_skip, chunks=spec.chunks)
+    return cond, encode_text(model, spec.negative_prompt, chunks=spec.chunks)
 
 
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:
     """The model's UNet under the stage's guidance."""
-    network = UNetDenoiser(model.unet, run.config.prediction_type)
+    network = UNetDenoiser(model.unet, run.config.kind)
     scale = guidance_scale(spec, run.whole)
     if not callable(scale) and scale <= 1.0:
         return conditioned(network, cond)
@@ -172,17 +176,11 @@ def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: 
 
 def guidance_scale(spec: Denoising, whole: Schedule) -> GuidanceScale:
     """One scale, or one per step of the whole schedule."""
-    scales = spec.guidance_scale if isinstance(spec.guidance_scale, list) else [spec.guidance_scale] * len(whole)
-    if spec.guidance_interval is not None:
-        start, stop = spec.guidance_interval
-        if not 0 <= start < stop <= len(whole):
-            raise BadInput(f"Guidance from step {start} to {stop} does not lie within {len(whole)} steps.")
-        scales = [scale if start <= i < stop else 1.0 for i, scale in enumerate(scales)]
-    elif not isinstance(spec.guidance_scale, list):
+    if spec.guidance_interval is None and not isinstance(spec.guidance_scale, list):
         return spec.guidance_scale
-    return per_step(whole, scales)
-
-
-def _context(conditioning: Conditioning) -> Tensor:
-    assert conditioning.context is not None
-    return conditioning.context
+    scales = spec.guidance_scale if isinstance(spec.guidance_scale, list) else [spec.guidance_scale] * len(whole)
+    at = per_step(whole, scales)
+    if spec.guidance_interval is None:
+        return at
+    inside = within(whole, *spec.guidance_interval, guidance_scale=math.inf)
+    return lambda sigma: min(at(sigma), inside(sigma))

@@ -60,8 +60,6 @@ def parameters(chain: Chain, seed: int, size: tuple[int, int], models: Mapping[s
     facts: dict[str, object] = {"Steps": stage.steps, "Sampler": _sampler(stage, models)}
     scales = stage.guidance_scale if isinstance(stage.guidance_scale, list) else [stage.guidance_scale]
     facts |= {"CFG scale": f"{scales[0]:g}", "Seed": seed, "Size": f"{size[0]}x{size[1]}"}
-    if stage.model in models:
-        facts["Model hash"] = models[stage.model].fingerprints["unet"][:10]
     facts["Model"] = stage.model
     if isinstance(stage, ImageToImage | Inpaint) and stage.strength is not None:
         facts["Denoising strength"] = f"{stage.strength:g}"
@@ -73,7 +71,7 @@ def parameters(chain: Chain, seed: int, size: tuple[int, int], models: Mapping[s
 
 
 def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any]) -> bytes:
-    """The picture as PNG (text chunks), JPEG or WebP (EXIF user comment) with ``text`` and the manifest in it."""
+    """The picture as PNG (text chunks), JPEG or WebP (EXIF user comment) with ``text`` in it; PNG holds the manifest too."""
     file, rgb = io.BytesIO(), picture.convert("RGB")
     if ending == "png":
         chunks = PngImagePlugin.PngInfo()

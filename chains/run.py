@@ -6,16 +6,16 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..core.errors import BadInput, Note, OutOfMemory, UnrolledError
 from ..core.files import claim, write_atomically
-from ..core.latents import Latents, batch
+from ..core.latents import Latents
 from ..core.loading import Model, Shelf
 from ..core.loop import Step
 from ..stages import finish
@@ -39,8 +39,12 @@ class Output:
     model: Model | None = None
     latents: Latents | None = None
     made: list[Image.Image] = field(default_factory=list)
-    stream: str = ""
     tiled: bool | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether there is a picture to see: not for a run that was stopped while still noisy."""
+        return bool(self.made) or (self.latents is not None and self.latents.is_clean)
 
     def pictures(self) -> list[Image.Image]:
         """As many as there are seeds."""
@@ -74,40 +78,42 @@ def run(chain: Chain, shelf: Shelf, folder: Path | None = None, watch: Watch | N
     Raises:
         UnrolledError: what went wrong, with the stage's name.
     """
-    plan(chain, shelf.models)
+    plan(chain, shelf)
+    result, last = Result(), list[Step]()
     try:
-        return _run(chain, shelf, folder, watch)
+        return _run(chain, shelf, folder, watch, result, last)
     except OutOfMemory:
         if chain.batch == 1:
+            _rescue(chain, result, last, folder)
             raise
+    except (UnrolledError, KeyboardInterrupt):
+        _rescue(chain, result, last, folder)
+        raise
     half = chain.batch // 2
     first = run(chain.model_copy(update={"batch": half}), shelf, folder, watch)
     rest = chain.model_copy(update={"seed": chain.seed + half, "batch": chain.batch - half})
     second = run(rest, shelf, folder, watch)
     for name, output in second.outputs.items():
-        first.outputs[name] = Output(made=first.outputs[name].pictures() + output.pictures())
+        if output.is_picture:
+            first.outputs[name] = Output(made=first.outputs[name].pictures() + output.pictures())
     first.files += second.files
     first.notes += [f"The batch did not fit into memory and was run in parts of {half}.", *second.notes]
     return first
 
 
-def _run(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | None) -> Result:
-    result, film = Result(), list[Image.Image]()
+def _run(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | None, result: Result, last: list[Step]) -> Result:
+    """Fill ``result`` stage by stage; ``last`` holds the newest step of the stage under way."""
+    film: list[Image.Image] = []
     with _noted(result.notes):
         for index, stage in enumerate(chain.stages):
             before = chain.before(index)
             began = time.perf_counter()
-            last: list[Step] = []
-            try:
-                with _named(stage):
-                    hooks = _hooks(chain, stage, shelf, watch, last, film)
-                    output = _stage(chain, index, shelf, result.outputs[before.name] if before else None, hooks)
-                    if index == len(chain.stages) - 1 or chain.grid:
-                        output.pictures()
-            except (UnrolledError, KeyboardInterrupt):
-                if folder is not None:
-                    _rescue(chain, result, last, folder, shelf)
-                raise
+            with _named(stage):
+                hooks = _hooks(chain, stage, shelf, watch, last, film)
+                output = _stage(chain, index, shelf, result.outputs[before.name] if before else None, hooks)
+                if output.is_picture and (chain.grid or index == len(chain.stages) - 1):
+                    output.pictures()
+            last.clear()
             result.outputs[stage.name] = output
             result.seconds[stage.name] = time.perf_counter() - began
         if folder is not None:
@@ -115,24 +121,35 @@ def _run(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | None) -
     return result
 
 
-def _stage(chain: Chain, index: int, shelf: Shelf, before: Output | None, hooks: list[Callable[[Step], object]]) -> Output:
-    stage, seeds, stream = chain.stages[index], chain.seeds(), f"{index}" if index else ""
+def _stage(chain: Chain, index: int, shelf: Shelf, before: Output | None, hooks: list[jobs.Hook]) -> Output:
+    stage, stream = chain.stages[index], _stream(chain, index)
     if isinstance(stage, Sharpen):
         return Output(made=[finish.sharpen(p, stage.percent, stage.radius) for p in _pictures(before)])
     if isinstance(stage, Resize):
         return Output(made=[finish.resize(p, stage.factor) for p in _pictures(before)])
     model = shelf.load(stage.model)
     if isinstance(stage, TextToImage):
-        return Output(model, jobs.text_to_image(model, stage, seeds, hooks), tiled=stage.tiled)
-    if isinstance(stage, ImageToImage):
-        if stage.start == "handoff" and before is not None and before.latents is not None:
-            # The same run goes on: its stream of noise too, its solver's memory only for the same weights.
-            same = before.model is not None and before.model.fingerprints["unet"] == model.fingerprints["unet"]
-            start = before.latents if same else replace(before.latents, history=())
-            return Output(model, jobs.image_to_image(model, stage, start, hooks), stream=before.stream, tiled=stage.tiled)
-        start = _clean_latents(chain, stage, model, before, stream)
-        return Output(model, jobs.image_to_image(model, stage, start, hooks), stream=stream, tiled=stage.tiled)
-    return _inpaint(chain, stage, model, before, stream, hooks)
+        latents = jobs.text_to_image(model, stage, chain.seeds(), stream, hooks)
+    elif isinstance(stage, ImageToImage):
+        start = _start(chain, stage, model, before, stream)
+        latents = jobs.image_to_image(model, stage, start, hooks)
+    else:
+        return _inpaint(chain, stage, model, before, stream, hooks)
+    return Output(model, latents, tiled=stage.tiled)
+
+
+def _stream(chain: Chain, index: int) -> str:
+    """Every denoising stage draws its own noise; the first one what a script draws by default."""
+    first = next((i for i, stage in enumerate(chain.stages) if isinstance(stage, Denoising)), 0)
+    return "" if index == first else chain.stages[index].name
+
+
+def _start(chain: Chain, stage: ImageToImage, model: Model, before: Output | None, stream: str) -> Latents:
+    if stage.start == "handoff" and before is not None and before.latents is not None:
+        # The same run goes on with its stream of noise; its solver's memory is good for the same weights only.
+        same = before.model is not None and before.model.fingerprints["unet"] == model.fingerprints["unet"]
+        return before.latents if same else replace(before.latents, history=())
+    return _clean_latents(chain, stage, model, before, stream)
 
 
 def _clean_latents(chain: Chain, stage: ImageToImage, model: Model, before: Output | None, stream: str) -> Latents:
@@ -143,27 +160,24 @@ def _clean_latents(chain: Chain, stage: ImageToImage, model: Model, before: Outp
 
 
 def _inpaint(
-    chain: Chain, stage: Inpaint, model: Model, before: Output | None, stream: str, hooks: list[Callable[[Step], object]]
+    chain: Chain, stage: Inpaint, model: Model, before: Output | None, stream: str, hooks: list[jobs.Hook]
 ) -> Output:
     originals = [_file(chain, stage, model)] if stage.image is not None else _pictures(before)
     mask = read_mask(chain.folder / stage.mask)
     if stage.fit:
-        mask = mask.resize(originals[0].size, Image.Resampling.LANCZOS)
-    latents: list[Latents] = []
-    for i, seed in enumerate(chain.seeds()):
-        original = originals[i % len(originals)]
-        latents.append(jobs.inpaint(model, stage, original, mask, [seed], stream, hooks))
-    painted = [decode(model, part, tiled=stage.tiled)[0] for part in latents]
-    if not stage.composite:
-        return Output(model, made=painted, stream=stream, latents=batch(latents))
+        mask = ImageOps.fit(mask, originals[0].size, Image.Resampling.LANCZOS)
+    latents = jobs.inpaint(model, stage, originals, mask, chain.seeds(), stream, hooks)
+    if not stage.composite or not latents.is_clean:
+        return Output(model, latents, tiled=stage.tiled)
+    painted = decode(model, latents, tiled=stage.tiled)
     kept = [composite(originals[i % len(originals)], p, mask, stage.mask_blur) for i, p in enumerate(painted)]
-    return Output(model, made=kept, stream=stream)
+    return Output(model, made=kept)
 
 
 def _file(chain: Chain, stage: ImageToImage | Inpaint, model: Model) -> Image.Image:
     picture = read_picture(chain.folder / str(stage.image))
     side = model.native_size
-    return picture.resize((side, side), Image.Resampling.LANCZOS) if stage.fit else picture
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) if stage.fit else picture
 
 
 def _pictures(before: Output | None) -> list[Image.Image]:
@@ -174,11 +188,11 @@ def _pictures(before: Output | None) -> list[Image.Image]:
 
 def _hooks(
     chain: Chain, stage: Stage, shelf: Shelf, watch: Watch | None, last: list[Step], film: list[Image.Image]
-) -> list[Callable[[Step], object]]:
+) -> list[jobs.Hook]:
     def remember(step: Step) -> None:
         last[:] = [step]
 
-    hooks: list[Callable[[Step], object]] = [remember]
+    hooks: list[jobs.Hook] = [remember]
     if watch is not None:
         hooks.append(lambda step: watch(stage, step))
     if chain.gif and isinstance(stage, Denoising):
@@ -197,8 +211,8 @@ def _write(chain: Chain, result: Result, folder: Path, film: list[Image.Image], 
             for ending in chain.formats:
                 result.files.append(write_atomically(f"{name}.{ending}", encode(picture, ending, text, facts)))
             if chain.grid:
-                stages = [output.pictures()[index] for output in result.outputs.values()]
-                sheet = finish.grid(stages, columns=len(stages), labels=list(result.outputs))
+                seen = {name: output.pictures()[index] for name, output in result.outputs.items() if output.is_picture}
+                sheet = finish.grid(list(seen.values()), columns=len(seen), labels=list(seen))
                 result.files.append(write_atomically(f"{name}-grid.png", encode(sheet, "png", text, facts)))
             if chain.gif and index == 0:
                 frames = [finish.resize(frame, size=picture.size) for frame in film]
@@ -210,15 +224,23 @@ def _write(chain: Chain, result: Result, folder: Path, film: list[Image.Image], 
             raise
 
 
-def _rescue(chain: Chain, result: Result, last: list[Step], folder: Path, shelf: Shelf) -> None:
-    """Write what is there before an error goes on up."""
+def _rescue(chain: Chain, result: Result, last: list[Step], folder: Path | None) -> None:
+    """Write what is there before an error goes on up; a further error must not hide the first."""
+    if folder is None:
+        return
+    finished = [output for output in result.outputs.values() if output.is_picture]
+    if finished and finished[-1] is list(result.outputs.values())[-1]:
+        with suppress(UnrolledError):
+            _write(chain.model_copy(update={"grid": False, "gif": False}), result, folder, [], "unfinished")
     if last:
-        path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
-        last[0].latents.save(path)
-        result.files.append(path)
-    finished = [output for output in result.outputs.values() if output.made or output.latents is not None]
-    if finished and (finished[-1].latents is None or finished[-1].latents.is_clean):
-        _write(chain.model_copy(update={"grid": False, "gif": False}), result, folder, [], "unfinished")
+        with suppress(UnrolledError):
+            path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
+            try:
+                last[0].latents.save(path)
+            except UnrolledError:
+                path.unlink(missing_ok=True)
+                raise
+            result.files.append(path)
 
 
 @contextmanager

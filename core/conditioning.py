@@ -39,6 +39,10 @@ class Conditioning:
         parts = (f"{name}={'x'.join(map(str, t.shape))}" for name, t in self._tensors().items())
         return f"Conditioning({', '.join(parts)})"
 
+    def names(self) -> set[str]:
+        """Which of the tensors it holds."""
+        return set(self._tensors())
+
     def expand(self, size: int) -> Conditioning:
         """The same for ``size`` images: a batch of one is repeated.
 

@@ -43,9 +43,12 @@ class UNetDenoiser:
         """Scale the input to unit variance, call the UNet, and say what its output means.
 
         Raises:
-            BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's.
+            BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's, or the
+                conditioning holds what this UNet cannot take.
         """
         unet = self.unet
+        if unused := conditioning.names() - {"context", "channels"}:
+            raise BadInput(f"This UNet is conditioned by context and channels, it cannot take {', '.join(sorted(unused))}.")
         conditioning = conditioning.expand(len(x)).to(x.device, unet.dtype)
         scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(unet.dtype)
         if conditioning.channels is not None:

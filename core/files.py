@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -17,22 +18,19 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         CannotWrite: the disk is full or the folder may not be written; nothing is left behind.
     """
     path = Path(path)
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        temporary = ""
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:  # Ctrl-C too
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -64,10 +62,3 @@ def _first_free(names: set[str], stem: str) -> int:
     rests = [name.removeprefix(f"{stem}_") for name in names if name.startswith(f"{stem}_")]
     numbers = [rest.split(".")[0].split("-")[0] for rest in rests]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-
-
-def _umask() -> int:
-    # There is no way to read the mask but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

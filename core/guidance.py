@@ -27,7 +27,7 @@ def classifier_free(
     rescale: float = 0.0,
     batched: bool = True,
 ) -> Denoiser:
-    """``uncond + guidance_scale * (cond - uncond)`` (Ho & Salimans, arXiv:2207.12598, eq. 6).
+    """``uncond + guidance_scale * (cond - uncond)`` (Ho & Salimans, arXiv:2207.12598, eq. 6, with guidance_scale = 1 + w).
 
     Args:
         guidance_scale: at 1 or below no unconditional pass is run. :func:`per_step` and
@@ -74,7 +74,7 @@ def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:
 def per_step(schedule: Schedule, scales: Sequence[float]) -> Callable[[float], float]:
     """A guidance scale for each step, as a function of sigma.
 
-    A call inside a step (Heun's second, say) takes the scale of the step it falls in.
+    A second call at a step's end (Heun's, say) takes the scale of the step that starts there.
     """
     if len(scales) != len(schedule):
         raise BadInput(

@@ -18,10 +18,6 @@ from .errors import BadInput, NonFinite, SpaceMismatch
 from .files import write_atomically
 from .solver import History, Past
 
-CLEAN = 0.05
-"""Latents at or below this sigma count as clean: diffusers' schedules end at 0 or at the lowest
-training noise (0.029 for Stable Diffusion), the next level up is far above."""
-
 _FORMAT = "unrolled-latents-1"
 
 
@@ -58,7 +54,9 @@ class Latents:
     Args:
         x: (batch, channels, height / downscale, width / downscale), float32.
         space: the VAE these latents belong to.
-        sigma: how noisy they are; 0 is clean.
+        sigma: how noisy they are.
+        end: the level at which their schedule ends; there, or at 0, they count as clean. Some of
+            diffusers' schedules end at the lowest training noise (0.029 for Stable Diffusion).
         seeds: one per image, so that what follows can draw the same noise again.
         stream: which of a seed's streams of noise this run draws from.
         history: what the solver remembers, oldest first; valid only for the same model.
@@ -70,6 +68,7 @@ class Latents:
     seeds: tuple[int, ...] = ()
     stream: str = ""
     history: History = field(default=())
+    end: float = 0.0
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.x.shape[1] != self.space.channels:
@@ -98,8 +97,8 @@ class Latents:
 
     @property
     def is_clean(self) -> bool:
-        """Whether the noise left is no more than a finished schedule leaves."""
-        return self.sigma <= CLEAN
+        """Whether the noise left is no more than their finished schedule leaves."""
+        return self.sigma <= self.end
 
     @property
     def size(self) -> tuple[int, int]:
@@ -108,20 +107,31 @@ class Latents:
         return height * self.space.downscale, width * self.space.downscale
 
     @property
-    def unscaled(self) -> Tensor:
-        """``x`` as the VAE's decoder takes it.
+    def clean(self) -> Tensor:
+        """``x`` of clean latents without the factor a last sigma above 0 leaves.
 
-        A schedule that ends at the lowest training noise leaves the variance-preserving state
-        ``x / sqrt(1 + sigma^2)``, which diffusers decodes as it is.
+        There the variance-preserving state ``x / sqrt(1 + sigma^2)`` is the clean picture, as diffusers
+        takes it.
         """
+        self.require_clean("take as a picture")
+        return self.x / math.sqrt(1.0 + self.sigma**2) if self.sigma else self.x
+
+    @property
+    def unscaled(self) -> Tensor:
+        """:attr:`clean` as the VAE's decoder takes it."""
         self.require_clean("decode")
-        return self.x / (math.sqrt(1.0 + self.sigma**2) * self.space.scaling)
+        return self.clean / self.space.scaling
+
+    def to(self, device: torch.device | str) -> Latents:
+        """Moved to a device, history with them."""
+        past = tuple(Past(p.sigma, p.x.to(device), p.x0.to(device)) for p in self.history)
+        return replace(self, x=self.x.to(device), history=past)
 
     def require_clean(self, what: str) -> None:
         """Raise :class:`BadInput` if these latents still hold noise."""
         if not self.is_clean:
             raise BadInput(
-                f"Cannot {what} latents that still hold noise at sigma {self.sigma:.4g} (clean is at most {CLEAN}): "
+                f"Cannot {what} latents that still hold noise at sigma {self.sigma:.4g} (clean is at most {self.end:.3g}): "
                 "denoise them to the end, or take a step's x0 estimate (step.preview)."
             )
 
@@ -132,9 +142,7 @@ class Latents:
             NonFinite: x holds NaN or infinity; CannotWrite: see :func:`write_atomically`.
         """
         if not bool(torch.isfinite(self.x).all()):
-            raise NonFinite(
-                "These latents hold NaN or infinity and are not worth saving: the fault lies in the denoising before."
-            )
+            raise NonFinite("These latents hold NaN or infinity and are not worth saving: the fault lies before.")
         tensors = {"x": self.x}
         for i, past in enumerate(self.history):
             tensors |= {f"history.{i}.x": past.x, f"history.{i}.x0": past.x0}
@@ -143,6 +151,7 @@ class Latents:
             "sigma": self.sigma,
             "seeds": self.seeds,
             "stream": self.stream,
+            "end": self.end,
             "history": [past.sigma for past in self.history],
         }
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -164,7 +173,15 @@ class Latents:
                     for i, sigma in enumerate(facts["history"])
                 )
                 space = LatentSpace(**facts["space"])
-                return cls(file.get_tensor("x"), space, facts["sigma"], tuple(facts["seeds"]), facts["stream"], history)
+                return cls(
+                    file.get_tensor("x"),
+                    space,
+                    facts["sigma"],
+                    tuple(facts["seeds"]),
+                    facts["stream"],
+                    history,
+                    facts["end"],
+                )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path} is damaged and cannot be read as latents ({error}).") from error
 

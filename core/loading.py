@@ -55,7 +55,7 @@ class Model:
     @property
     def denoiser(self) -> UNetDenoiser:
         """The UNet as a conditional denoiser."""
-        return UNetDenoiser(self.unet, read_scheduler(self.scheduler).prediction_type)
+        return UNetDenoiser(self.unet, read_scheduler(self.scheduler).kind)
 
     @property
     def native_size(self) -> int:
@@ -77,9 +77,16 @@ class Model:
         """
         return read_scheduler(self.scheduler, solver, **options).schedule(steps)
 
-    def solver(self, steps: int, solver: str | None = None, **options: object) -> Solver:
-        """The checkpoint's own solver, or a named one; arguments as for :meth:`schedule`."""
-        return read_scheduler(self.scheduler, solver, **options).solver(steps)
+    def solver(
+        self, steps: int, solver: str | None = None, *, eta: float = 0.0, faithful: bool = False, **options: object
+    ) -> Solver:
+        """The checkpoint's own solver, or a named one; arguments as for :meth:`schedule`.
+
+        Args:
+            eta: DDIM's, 0 to 1.
+            faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
+        """
+        return read_scheduler(self.scheduler, solver, **options).solver(steps, eta=eta, faithful=faithful)
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,12 @@ class Shelf:
             self._models[name] = self._load(name)
         return self._models[name]
 
+    def find(self, name: str, *, weights: bool = True) -> Source:
+        """Where the model's components lie; see :func:`find`."""
+        return find(name, self.models, self.variant, self.revision, weights=weights)
+
     def _load(self, name: str) -> Model:
-        source = find(name, self.models, self.variant, self.revision)
+        source = self.find(name)
         check_classes(source)
         read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
         parts, digests = {}, {}
@@ -211,6 +222,8 @@ def find(
     if Path(name).is_dir():
         return _folder(name, Path(name))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if models != "hub":
+            raise BadModel(f'There is no folder {name} here; if it is a hub id, say so with --models hub (models="hub").')
         return _folder(name, _download(MOVED.get(name, name), variant, revision, weights))
     raise BadModel(f"There is no model {name!r}: use a folder, a hub id, or one of {', '.join(CATALOG)}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Step:
         sigma, sigma_next, timestep: noise level before and after, and what the UNet was told.
         before: x at sigma.
         x: x at sigma_next; set it to change the run.
+        history: what the solver remembers; set it to () to make the solver start afresh.
         predictions: every call of the denoiser in this step, in order.
         start: the latents the run began with: space, seeds.
+        end: the level at which the whole run's latents are finished.
         seconds: how long the step took on the clock.
         stop: set it to end the run cleanly after this step.
     """
@@ -42,6 +45,7 @@ class Step:
     x: Tensor
     history: History
     start: Latents
+    end: float = 0.0
     predictions: list[Prediction] = field(default_factory=list)
     seconds: float = 0.0
     stop: bool = False
@@ -65,7 +69,7 @@ class Step:
     @property
     def latents(self) -> Latents:
         """Where the run stands, ready to be saved, decoded (at the end) or handed on."""
-        return replace(self.start, x=self.x, sigma=self.sigma_next, history=self.history)
+        return replace(self.start, x=self.x, sigma=self.sigma_next, history=self.history, end=self.end)
 
     @property
     def preview(self) -> Latents:
@@ -87,12 +91,13 @@ def steps(
 
     Raises:
         BadInput: the latents are at another noise level than the schedule starts from.
-        NonFinite: NaN or infinity appeared in x.
+        NonFinite: NaN or infinity appeared in x; on the CPU in that step, elsewhere when the run ends,
+            because looking at each step would make it wait for the device.
     """
     _require_same_level(latents, schedule)
     source = noise if noise is not None else Noise(latents.seeds, latents.stream)
-    x, history, finite = latents.x, latents.history, []
-    for i, (sigma, sigma_next) in enumerate(zip(schedule.sigmas, schedule.sigmas[1:], strict=False)):
+    x, history, finite = latents.x, latents.history, list[Tensor]()
+    for i, (sigma, sigma_next) in enumerate(pairwise(schedule.sigmas)):
         index, predictions, began = schedule.first + i, list[Prediction](), time.perf_counter()
 
         def denoise(x: Tensor, sigma: float, log: list[Prediction] = predictions) -> Prediction:
@@ -105,14 +110,24 @@ def steps(
         with torch.no_grad():
             x_next, history = solver(denoise, x, sigma, sigma_next, history, draw)
         finite.append(torch.isfinite(x_next).all())
-        if x.device.type == "cpu":  # elsewhere reading the flag would make every step wait for the device
-            _require_finite(finite[-1:], schedule, i)
+        if x.device.type == "cpu":
+            _require_finite(finite, schedule)
         step = Step(
-            index, schedule.first + len(schedule), sigma, sigma_next, schedule.timesteps[i], x, x_next, history,
-            latents, predictions, time.perf_counter() - began,
-        )  # fmt: skip
+            index=index,
+            total=schedule.first + len(schedule),
+            sigma=sigma,
+            sigma_next=sigma_next,
+            timestep=schedule.timesteps[i],
+            before=x,
+            x=x_next,
+            history=history,
+            start=latents,
+            end=schedule.finished_at,
+            predictions=predictions,
+            seconds=time.perf_counter() - began,
+        )
         yield step
-        x = step.x
+        x, history = step.x, step.history
         if step.stop:
             break
     _require_finite(finite, schedule)
@@ -143,10 +158,10 @@ def _require_same_level(latents: Latents, schedule: Schedule) -> None:
         )
 
 
-def _require_finite(flags: list[Tensor], schedule: Schedule, first: int = 0) -> None:
-    for bad, flag in enumerate(flags, first):
-        if not flag:
-            raise NonFinite(
-                f"NaN or infinity appeared in step {schedule.first + bad + 1} of {schedule.first + len(schedule)} "
-                f"(sigma {schedule.sigmas[bad]:.4g}): run in float32 or bfloat16, or lower the guidance scale."
-            )
+def _require_finite(flags: list[Tensor], schedule: Schedule) -> None:
+    if flags and not all(flags[-1:] if flags[-1].device.type == "cpu" else flags):
+        bad = next(i for i, flag in enumerate(flags) if not flag)
+        raise NonFinite(
+            f"NaN or infinity appeared in step {schedule.first + bad + 1} of {schedule.first + len(schedule)} "
+            f"(sigma {schedule.sigmas[bad]:.4g}): run in float32 or bfloat16, or lower the guidance scale."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -41,10 +41,6 @@ class Noise:
         key = hashlib.blake2b(f"{seed}/{self.stream}/{place}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
         return torch.randn(list(shape), generator=generator)
-
-    def of(self, stream: str) -> Noise:
-        """The same seeds, another stream: for a further stage."""
-        return replace(self, stream=stream)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["epsilon", "v_prediction", "sample"]
+Kind = Literal["epsilon", "v", "x0"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Prediction:
     """A network's output at ``x``, and what it means in ``x = x0 + sigma * noise``.
 
-    ``out`` is the output after guidance; ``cond`` and ``uncond`` are the two it was made of, where
-    there were two. Guidance is linear in ``out``, so that it is the same thing done on x0 or on the
+    ``out`` is the output after guidance, of the given ``kind``; ``cond`` and ``uncond`` are the two it
+    was made of, where there were two, as the network gave them. ``kept_eps`` holds a noise estimate
+    that is not the one ``out`` implies. Guidance is linear in ``out``, so that it is the same thing done on x0 or on the
     noise. To change a prediction use ``dataclasses.replace(prediction, out=...)`` or :meth:`with_x0`.
     """
 
@@ -27,16 +28,17 @@ class Prediction:
     kind: Kind = "epsilon"
     cond: Tensor | None = None
     uncond: Tensor | None = None
+    kept_eps: Tensor | None = None
 
     @classmethod
     def from_x0(cls, x0: Tensor, x: Tensor, sigma: float) -> Prediction:
         """For denoisers that know the clean latents directly, e.g. a closed form."""
-        return cls(x0, x, sigma, "sample")
+        return cls(x0, x, sigma, "x0")
 
     @cached_property
     def x0(self) -> Tensor:
         """The estimate of the clean latents."""
-        if self.kind == "sample":
+        if self.kind == "x0":
             return self.out
         if self.kind == "epsilon":
             return torch.sub(self.x, self.out, alpha=self.sigma)
@@ -48,9 +50,11 @@ class Prediction:
     @cached_property
     def eps(self) -> Tensor:
         """The estimate of the noise, of unit variance."""
+        if self.kept_eps is not None:
+            return self.kept_eps
         if self.kind == "epsilon":
             return self.out
-        if self.kind == "sample":
+        if self.kind == "x0":
             return (self.x - self.out) / self.sigma
         variance = 1.0 + self.sigma**2
         return torch.add(self.out / variance**0.5, self.x, alpha=self.sigma / variance)
@@ -61,7 +65,5 @@ class Prediction:
         ``keep_eps`` leaves the noise estimate as it was, which is how DDIM clips (it moves x0 but
         not the direction); else the noise follows from ``x`` and the new x0.
         """
-        changed = Prediction(x0, self.x, self.sigma, "sample", self.cond, self.uncond)
-        if keep_eps:
-            changed.__dict__["eps"] = self.eps
-        return changed
+        eps = self.eps if keep_eps else None
+        return Prediction(x0, self.x, self.sigma, "x0", self.cond, self.uncond, eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +25,7 @@ class Schedule:
             the noise of its own steps.
         last_timestep: what the UNet is told at the last level, for solvers that evaluate there; known
             where a longer schedule was cut.
+        end: the last level of the run it was cut from; latents there are finished.
         origin: where it came from, for people.
     """
 
@@ -33,6 +35,7 @@ class Schedule:
     start_std: float | None = None
     first: int = 0
     last_timestep: float | None = None
+    end: float | None = None
     origin: str = "custom"
 
     def __post_init__(self) -> None:
@@ -65,6 +68,7 @@ class Schedule:
             start_std=std,
             first=self.first + start,
             last_timestep=self.timesteps[stop] if stop < len(self) else self.last_timestep,
+            end=self.finished_at,
         )
 
     def split(self, index: int) -> tuple[Schedule, Schedule]:
@@ -119,6 +123,18 @@ class Schedule:
         total = len(self.training_sigmas)
         cutoff = round(total - value * total)
         return sum(t >= cutoff for t in self.timesteps)
+
+    @property
+    def finished_at(self) -> float:
+        """Where latents are finished: at the whole run's last level, unless that is above the lowest training noise."""
+        end = self.sigmas[-1] if self.end is None else self.end
+        return end if self.training_sigmas and end <= self.training_sigmas[0] else 0.0
+
+    @classmethod
+    def at(cls, sigmas: Sequence[float], training_sigmas: tuple[float, ...] = ()) -> Schedule:
+        """A schedule of your own noise levels; the UNet is told the timesteps of ``training_sigmas`` at each."""
+        levels = tuple(float(sigma) for sigma in sigmas)
+        return cls(levels, tuple(timestep_of(sigma, training_sigmas) for sigma in levels[:-1]), training_sigmas)
 
     def timestep_at(self, sigma: float) -> float:
         """The training timestep the UNet is told at ``sigma``: the planned one, else by log-sigma between neighbours."""

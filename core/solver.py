@@ -39,7 +39,7 @@ class Solver(Protocol):
 
     Any function of this form will do. ``denoise`` may be called as often as the order wants; the
     history that comes back with the next ``x`` is handed in again at the next step. State goes in
-    and comes out: a solver holds none. A planner reads ``order`` and ``evaluations`` where it has them.
+    and comes out: a solver holds none.
     """
 
     def __call__(

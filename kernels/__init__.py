@@ -1,4 +1,4 @@
-"""Which attention backends can run here, and why the others cannot. The kernels themselves come later."""
+"""Attention backends: which is in use, and why the others are not. The Triton kernels come later."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name with the reason it cannot run, or "" if it can."""
-    cuda = "" if torch.cuda.is_available() else "no CUDA device"
+    """Every backend by name, and what is to be said of it here."""
     return {
-        "reference": "",
-        "sdpa": "",
-        "triton": cuda or _missing("triton"),
-        "xformers": cuda or _missing("xformers"),
+        "sdpa": "in use (torch chooses the inner kernel)",
+        "triton": _unused("triton"),
+        "xformers": _unused("xformers"),
     }
 
 
-def _missing(package: str) -> str:
-    return "" if find_spec(package) else f"{package} is not installed: pip install unrolled[gpu]"
+def _unused(package: str) -> str:
+    reasons = ["not wired in yet"]
+    if not torch.cuda.is_available():
+        reasons.append("no CUDA device")
+    if not find_spec(package):
+        reasons.append(f"{package} is not installed")
+    return ", ".join(reasons)

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from . import networks, words, world
 from .pictures import latents, pixels
 
-EMPTY: Final = 0.15
+EMPTY: Final = 0.1
 
 
 class Denoising:

@@ -108,6 +108,8 @@ def save_network(network: Any, folder: Path) -> None:
         half.save_pretrained(fresh)
         config = json.loads(Path(fresh, "config.json").read_text("utf-8"))
         config.pop("_name_or_path", None)  # where it lay on the machine that trained it
+        if "dtype" in config:  # what transformers loads it as if nobody says; diffusers' networks have no such entry
+            config["dtype"] = "float32"
         save_json(config, Path(fresh, "config.json"))
         folder.mkdir(exist_ok=True)
         for file in Path(fresh).iterdir():

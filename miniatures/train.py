@@ -26,7 +26,7 @@ from .training import Losses, Report, Training
 HERE: Final = Path(__file__).parent
 HOLES: Final = 16
 MODERATION: Final = 3.0
-BLEND: Final = 0.65
+BLEND: Final = {"text_encoder": 0.65, "unet": 0.8}
 
 
 @lru_cache(maxsize=4)
@@ -189,11 +189,11 @@ def train_guidance(args: argparse.Namespace) -> None:
         return {"loss": (weights * (ours - torch.lerp(without, given, 1 / MODERATION)) ** 2).mean()}
 
     def publish(report: Report) -> None:
-        theirs, ours = teacher.state_dict(), pupil.state_dict()
-        blend = copy.deepcopy(pupil)
-        blend.load_state_dict({name: torch.lerp(theirs[name], ours[name], BLEND) for name in ours})
-        networks.save_network(blend["text_encoder"], args.out / "text_encoder")
-        networks.save_network(blend["unet"], args.out / "unet")
+        for name, share in BLEND.items():
+            theirs, ours = teacher[name].state_dict(), pupil[name].state_dict()
+            blend = copy.deepcopy(pupil[name])
+            blend.load_state_dict({weight: torch.lerp(theirs[weight], ours[weight], share) for weight in ours})
+            networks.save_network(blend, args.out / name)
         networks.save_json(report, args.out / "guidance-training.json")
 
     training.run(losses, publish)
@@ -246,7 +246,7 @@ def main() -> None:
         "vae": (train_vae, "sd-1.5", 16, 1.5e-3, 1900),
         "text-to-image": (train_text_to_image, "sd-1.5", 32, 1e-3, 4900),
         "guidance": (train_guidance, "sd-1.5", 32, 4e-4, 340),
-        "decoder": (train_decoder, "sd-1.5", 16, 5e-4, 500),
+        "decoder": (train_decoder, "sd-1.5", 16, 5e-4, 400),
         "inpainting": (train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 600),
     }
     parser = argparse.ArgumentParser(description=__doc__)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.errors import BadInput
 from ..core.prediction import Kind
@@ -18,13 +18,12 @@ from . import spacing
 from .clip import Clipped
 from .dpmpp import DPMpp2M
 from .euler import Euler
-from .faithful import DiffusersDDIM, DiffusersPLMS
+from .faithful import DiffusersDDIM, DiffusersNoiseAtEnd, DiffusersPLMS
 from .heun import Heun
 from .pndm import PLMS, PNDM
 from .training import ZERO_SNR, BetaSchedule, sigmas_of, training_alphas
 
-# diffusers' sigma schedulers floor a zero terminal alpha-bar here, visibly: 2.4e-4 of the first step.
-_SIGMA_FLOOR = 2.0**-24
+_KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
 class SchedulerConfig(BaseModel):
@@ -36,15 +35,28 @@ class SchedulerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     name: ClassVar[str]
+    snr_floor: ClassVar[float] = ZERO_SNR
 
     num_train_timesteps: int = Field(1000, ge=1)
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
+    beta_start: float = Field(0.0001, gt=0.0, lt=1.0)
+    beta_end: float = Field(0.02, gt=0.0, lt=1.0)
     beta_schedule: BetaSchedule = "linear"
     trained_betas: tuple[float, ...] | None = None
-    prediction_type: Kind = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: int = 0
+    steps_offset: int = Field(0, ge=0)
+    rescale_betas_zero_snr: bool = False
+
+    @model_validator(mode="after")
+    def _a_beta_each(self) -> Self:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(f"{len(self.trained_betas)} betas for {self.num_train_timesteps} training timesteps")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """What the UNet predicts."""
+        return _KINDS[self.prediction_type]
 
     def schedule(self, steps: int) -> Schedule:
         """The noise levels of a run of ``steps`` steps.
@@ -73,23 +85,32 @@ class SchedulerConfig(BaseModel):
             origin=f"{self.name}, {self._spacing_name()}",
         )
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
-        """The solver of this class.
+    def solver(self, steps: int, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+        """The solver of this class for a run of ``steps`` steps.
 
         Args:
-            steps: of the run, for options that depend on it.
-            eta: DDIM's, 0 to 1.
+            eta: DDIM's, 0 (deterministic) to 1 (DDPM).
             faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
+
+        Raises:
+            BadInput: eta is out of range, or this is not DDIM.
         """
+        if not 0.0 <= eta <= 1.0:
+            raise BadInput(f"DDIM's eta goes from 0 (deterministic) to 1 (DDPM), got {eta:g}.")
+        if eta and not isinstance(self, DDIMConfig):
+            raise BadInput(f"eta is DDIM's, and this solver is {self.name}: leave eta out, or take the solver ddim.")
+        return self._solver(steps, eta, faithful)
+
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         raise NotImplementedError
 
     def training_sigmas(self) -> tuple[float, ...]:
         """sigma of every training timestep."""
-        zero_snr = bool(getattr(self, "rescale_betas_zero_snr", False))
+        zero_snr = self.rescale_betas_zero_snr
         alphas = training_alphas(
             self.num_train_timesteps, self.beta_start, self.beta_end, self.beta_schedule, self.trained_betas, zero_snr
         )
-        return sigmas_of(alphas, _SIGMA_FLOOR if zero_snr and isinstance(self, _SigmaConfig) else ZERO_SNR)
+        return sigmas_of(alphas, self.snr_floor if zero_snr else ZERO_SNR)
 
     def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
         timesteps = self._timesteps(steps, rounded=True)
@@ -122,17 +143,14 @@ class DDIMConfig(SchedulerConfig):
     thresholding: Literal[False] = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    rescale_betas_zero_snr: bool = False
 
     def _last_sigma(self) -> float:
         return 0.0 if self.set_alpha_to_one else self.training_sigmas()[0]
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Euler with DDIM's eta; clipping moves x0 but not the direction."""
-        if not 0.0 <= eta <= 1.0:
-            raise BadInput(f"DDIM's eta goes from 0 (deterministic) to 1 (DDPM), got {eta:g}.")
         clip = self.clip_sample_range if self.clip_sample else None
-        if faithful and steps:
+        if faithful:
             return DiffusersDDIM(eta, self.training_sigmas(), self.num_train_timesteps // steps, self._last_sigma(), clip)
         return Clipped(Euler(eta), clip, keep_eps=True) if clip else Euler(eta)
 
@@ -147,14 +165,12 @@ class DDPMConfig(SchedulerConfig):
     thresholding: Literal[False] = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    rescale_betas_zero_snr: bool = False
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Ancestral Euler."""
-        euler = Euler(1.0)
-        if self.variance_type == "fixed_large":
-            euler = Euler(1.0, "large", self.training_sigmas()[0] if faithful else math.inf)
-        return Clipped(euler, self.clip_sample_range) if self.clip_sample else euler
+        euler = Euler(1.0, "large" if self.variance_type == "fixed_large" else "small")
+        solver = Clipped(euler, self.clip_sample_range) if self.clip_sample else euler
+        return DiffusersNoiseAtEnd(solver, self.training_sigmas()[0]) if faithful and euler.variance == "large" else solver
 
 
 class PNDMConfig(SchedulerConfig):
@@ -163,22 +179,26 @@ class PNDMConfig(SchedulerConfig):
     name: ClassVar[str] = "pndm"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     skip_prk_steps: bool = False
+    rescale_betas_zero_snr: Literal[False] = False
     set_alpha_to_one: bool = False
 
     def _last_sigma(self) -> float:
         return 0.0 if self.set_alpha_to_one else self.training_sigmas()[0]
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """PLMS, with a Runge–Kutta start unless ``skip_prk_steps``."""
         sigmas = self.training_sigmas()
         if not self.skip_prk_steps:
             return PNDM(sigmas)
-        if faithful and steps:
-            return DiffusersPLMS(sigmas, self.num_train_timesteps // steps, self._last_sigma(), self.prediction_type)
+        if faithful:
+            return DiffusersPLMS(sigmas, self.num_train_timesteps // steps, self._last_sigma(), self.kind)
         return PLMS(self._last_sigma())
 
 
 class _SigmaConfig(SchedulerConfig):
+    # diffusers' sigma schedulers floor a zero terminal alpha-bar here, visibly: 2.4e-4 of the first step.
+    snr_floor: ClassVar[float] = 2.0**-24
+
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "linspace"
     use_karras_sigmas: bool = False
     use_exponential_sigmas: Literal[False] = False
@@ -211,7 +231,6 @@ class EulerDiscreteConfig(_SigmaConfig):
     sigma_min: float | None = None
     sigma_max: float | None = None
     timestep_type: Literal["discrete", "continuous"] = "discrete"
-    rescale_betas_zero_snr: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
     def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
@@ -225,14 +244,14 @@ class EulerDiscreteConfig(_SigmaConfig):
 
     def _karras_range(self, sigmas: spacing.Levels) -> tuple[float, float]:
         low, high = super()._karras_range(sigmas)
-        return self.sigma_min or low, self.sigma_max or high
+        return low if self.sigma_min is None else self.sigma_min, high if self.sigma_max is None else self.sigma_max
 
     def _last_sigma(self) -> float:
         # log_linear plans one level more than it has timesteps, so that it never reaches 0.
         ends_above = self.interpolation_type == "log_linear" and not self.use_karras_sigmas
         return self.training_sigmas()[0] if ends_above or self.final_sigmas_type == "sigma_min" else 0.0
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Euler."""
         return Euler()
 
@@ -243,9 +262,8 @@ class EulerAncestralDiscreteConfig(_SigmaConfig):
     name: ClassVar[str] = "euler-ancestral"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     use_karras_sigmas: Literal[False] = False
-    rescale_betas_zero_snr: bool = False
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Ancestral Euler."""
         return Euler(1.0)
 
@@ -254,12 +272,13 @@ class HeunDiscreteConfig(_SigmaConfig):
     """``HeunDiscreteScheduler``."""
 
     name: ClassVar[str] = "heun"
+    rescale_betas_zero_snr: Literal[False] = False
     beta_start: float = 0.00085
     beta_end: float = 0.012
     clip_sample: bool = False
     clip_sample_range: float = 1.0
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Heun."""
         return Clipped(Heun(), self.clip_sample_range) if self.clip_sample else Heun()
 
@@ -282,7 +301,6 @@ class DPMSolverMultistepConfig(_SigmaConfig):
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     lambda_min_clipped: float | None = Field(-math.inf, le=-math.inf)
     variance_type: None = None
-    rescale_betas_zero_snr: bool = False
     use_dynamic_shifting: Literal[False] = False
     time_shift_type: str = "exponential"
 
@@ -301,9 +319,9 @@ class DPMSolverMultistepConfig(_SigmaConfig):
     def _last_sigma(self) -> float:
         return self.training_sigmas()[0] if self.final_sigmas_type == "sigma_min" else 0.0
 
-    def solver(self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False) -> Solver:
+    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """DPM-Solver++ of the configured order."""
         if self.solver_order == 1:
             return Euler()
-        short = self.lower_order_final and steps is not None and steps < 15
+        short = self.lower_order_final and steps < 15
         return DPMpp2M(self.solver_type, self._last_sigma() if short or self.euler_at_final else 0.0)

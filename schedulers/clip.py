@@ -23,16 +23,6 @@ class Clipped:
     limit: float
     keep_eps: bool = False
 
-    @property
-    def order(self) -> int:
-        """The inner solver's."""
-        return self.solver.order
-
-    @property
-    def evaluations(self) -> int:
-        """The inner solver's."""
-        return self.solver.evaluations
-
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
     ) -> tuple[Tensor, History]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -44,11 +42,12 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
 
     Changing the solver is diffusers' ``OtherScheduler.from_config(pipe.scheduler.config)``: options that
     are written in the config and that both classes know carry over, the first class's defaults do not.
-    Options of other classes have no effect in diffusers and none here; an option no class knows, or a
-    value that is not honoured, is refused.
+    What a file holds of other classes' options has no effect in diffusers and none here; an option that is
+    changed without effect, one that no class knows, or a value that is not honoured, is refused.
 
     Raises:
-        BadInput: unknown solver; BadModel: unknown class or option, or a value that is not honoured.
+        BadInput: unknown solver, or a changed option it does not have; BadModel: unknown class or option in the
+            config, or a value that is not honoured.
     """
     name = str(config.get("_class_name", ""))
     if name not in _CLASSES:
@@ -56,6 +55,8 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
     if solver is not None and solver not in SOLVERS:
         raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS))}.")
     kind = SOLVERS[solver] if solver else _CLASSES[name]
+    if foreign := sorted(changes.keys() - kind.model_fields.keys()):
+        raise BadInput(f"The solver {kind.name} has no option {', '.join(foreign)}: take another solver or leave it out.")
     given = {key: value for key, value in config.items() if not key.startswith("_")} | changes
     unknown = sorted(given.keys() - _KNOWN_OPTIONS)
     if unknown:
@@ -69,20 +70,3 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
         fault = error.errors()[0]
         name, option = kind.__name__.replace("Config", "Scheduler"), ".".join(str(part) for part in fault["loc"])
         raise BadModel(f"{name} option {option} = {fault['input']!r} is not honoured: {fault['msg']}.") from error
-
-
-def read_scheduler_file(path: Path) -> dict[str, Any]:
-    """The raw options of a ``scheduler_config.json``.
-
-    Raises:
-        BadModel: the file is missing or is not JSON.
-    """
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadModel(f"{path} is missing: a model folder needs its scheduler_config.json.") from error
-    except (ValueError, OSError) as error:
-        raise BadModel(f"{path} is damaged and cannot be read as JSON ({error}).") from error
-    if not isinstance(options, dict):
-        raise BadModel(f"{path} holds a {type(options).__name__} where a scheduler's options are expected.")
-    return options

@@ -27,15 +27,14 @@ class DPMpp2M:
 
     solver_type: Literal["midpoint", "heun"] = "midpoint"
     first_order_to: float = 0.0
-    order = 2
-    evaluations = 1
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
     ) -> tuple[Tensor, History]:
         """Next x; remembers one point."""
-        x0 = denoise(x, sigma).x0
-        remember = (Past(sigma, x, x0),)
+        prediction = denoise(x, sigma)
+        x0 = prediction.x0
+        remember = (Past(sigma, prediction.x, x0),)
         if not history or sigma_next <= self.first_order_to:
             return torch.lerp(x0, x, sigma_next / sigma), remember
         before = history[-1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from ..core.errors import BadInput
 from ..core.solver import Draw, Evaluate, History
 
 
@@ -17,29 +17,28 @@ class Euler:
 
     In ``x = x0 + sigma * noise`` a first-order step is ``x0 + sigma_next * eps``, and
 
-    - ``eta = 0`` is Euler's method (Karras et al., arXiv:2206.00364, alg. 1 without churn), which on
+    - ``eta = 0`` is Euler's method (Karras et al., arXiv:2206.00364, alg. 1 without lines 6–8), which on
       the same sigmas is DDIM (Song et al., arXiv:2010.02502, eq. 12);
     - ``eta = 1`` is ancestral sampling, i.e. DDPM (Ho et al., arXiv:2006.11239, eq. 6–7);
     - between them DDIM's eta (eq. 16 there).
 
     Args:
         variance: DDPM's choice of posterior variance, "small" (beta-tilde) or "large" (beta).
-        noise_at_end: with "large", add noise in the step to 0 too if it starts above this sigma. The
-            paper adds none; diffusers does unless the step starts at timestep 0.
     """
 
     eta: float = 0.0
     variance: Literal["small", "large"] = "small"
-    noise_at_end: float = math.inf
-    order = 1
-    evaluations = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta <= 1.0:
+            raise BadInput(f"eta goes from 0 (deterministic) to 1 (ancestral), got {self.eta:g}.")
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
     ) -> tuple[Tensor, History]:
         """Next x; keeps no history."""
         prediction = denoise(x, sigma)
-        if not self.eta or (not sigma_next and sigma <= self.noise_at_end):
+        if not self.eta or not sigma_next:
             return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
         up = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
         down = (sigma_next**2 - up**2) ** 0.5

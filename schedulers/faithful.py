@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.prediction import Kind, Prediction
 from ..core.schedule import Schedule
-from ..core.solver import Draw, Evaluate, History, Past
+from ..core.solver import Draw, Evaluate, History, Past, Solver
 from .clip import clip
 from .euler import Euler
 from .pndm import extrapolated
@@ -39,8 +39,6 @@ class DiffusersDDIM:
     ratio: int
     last_sigma: float
     clip_limit: float | None = None
-    order = 1
-    evaluations = 1
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -57,6 +55,26 @@ class DiffusersDDIM:
 
 
 @dataclass(frozen=True)
+class DiffusersNoiseAtEnd:
+    """DDPM with large variance, which adds noise in the step to 0 too unless that starts at timestep 0.
+
+    The paper adds none there (Ho et al., arXiv:2006.11239, alg. 2, line 3).
+    """
+
+    solver: Solver
+    lowest_sigma: float
+
+    def __call__(
+        self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
+    ) -> tuple[Tensor, History]:
+        """Next x by the inner solver."""
+        x, history = self.solver(denoise, x, sigma, sigma_next, history, noise)
+        if not sigma_next and sigma > self.lowest_sigma:
+            x = x.add(noise(0), alpha=sigma / math.sqrt(1 + sigma**2))
+        return x, history
+
+
+@dataclass(frozen=True)
 class DiffusersPLMS:
     """PLMS with diffusers' own timestep arithmetic.
 
@@ -69,8 +87,6 @@ class DiffusersPLMS:
     last_sigma: float
     kind: Kind = "epsilon"
     second_sigma: float | None = None
-    order = 4
-    evaluations = 1
 
     def started_at(self, schedule: Schedule, index: int) -> tuple[Schedule, DiffusersPLMS]:
         """diffusers' image-to-image start: the list with the doubled timestep is cut, and its second entry
@@ -88,7 +104,7 @@ class DiffusersPLMS:
     ) -> tuple[Tensor, History]:
         """Next x; remembers three points."""
         here = denoise(x, sigma)
-        history_next = (*history[-2:], Past(sigma, x, here.x0))
+        history_next = (*history[-2:], Past(sigma, here.x, here.x0))
         timestep = self.training_sigmas.index(sigma)
         landing = _landing(timestep, self.ratio, self.training_sigmas, self.last_sigma)
         if history:

@@ -17,9 +17,6 @@ class Heun:
     sigma 0, is Euler's.
     """
 
-    order = 2
-    evaluations = 2
-
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
     ) -> tuple[Tensor, History]:

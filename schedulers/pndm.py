@@ -28,8 +28,6 @@ class PLMS:
     """
 
     last_sigma: float = 0.0
-    order = 4
-    evaluations = 1
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -43,7 +41,7 @@ class PLMS:
             eps = (here.eps + denoise(euler, sigma_next).eps) / 2
         else:
             eps = here.eps
-        return x.add(eps, alpha=sigma_next - sigma), (*history[-2:], Past(sigma, x, here.x0))
+        return x.add(eps, alpha=sigma_next - sigma), (*history[-2:], Past(sigma, here.x, here.x0))
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,6 @@ class PNDM:
     """
 
     training_sigmas: tuple[float, ...]
-    order = 4
-    evaluations = 1
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -70,7 +66,7 @@ class PNDM:
             third = denoise(x.add(second, alpha=middle - sigma), middle).eps
             fourth = denoise(x.add(third, alpha=sigma_next - sigma), sigma_next).eps
             eps = (here.eps + 2 * second + 2 * third + fourth) / 6
-        return x.add(eps, alpha=sigma_next - sigma), (*history[-2:], Past(sigma, x, here.x0))
+        return x.add(eps, alpha=sigma_next - sigma), (*history[-2:], Past(sigma, here.x, here.x0))
 
     def _halfway(self, sigma: float, sigma_next: float) -> float:
         now, then = (round(timestep_of(s, self.training_sigmas)) for s in (sigma, sigma_next))

@@ -38,8 +38,8 @@ def encode_image(
     """
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     for picture in several:
-        require_size(picture.size, model.space)
-    tensor = _one_per_seed(to_tensor(several), len(seeds))
+        require_size(picture.size, model.space.downscale)
+    tensor = one_per_seed(to_tensor(several), len(seeds))
     source = source or Noise(tuple(seeds), stream)
     return Latents(encode_tensor(model, tensor, posterior, source), model.space, 0.0, tuple(seeds), stream)
 
@@ -59,7 +59,8 @@ def encode_tensor(
     return mean * model.space.scaling
 
 
-def _one_per_seed(pixels: Tensor, seeds: int) -> Tensor:
+def one_per_seed(pixels: Tensor, seeds: int) -> Tensor:
+    """One picture repeated for all seeds, or as many as there are."""
     if len(pixels) not in (1, seeds):
         raise BadInput(f"{len(pixels)} pictures were given with {seeds} seeds: give one picture for all, or one per seed.")
     return pixels.expand(seeds, -1, -1, -1)

@@ -22,7 +22,7 @@ from ..core.loop import Step
 from ..core.noise import Noise, NoiseSource
 from ..core.prediction import Prediction
 from ..core.schedule import Schedule
-from .image import Posterior, encode_tensor
+from .image import Posterior, encode_tensor, one_per_seed
 from .pictures import as_mask, require_size, to_tensor
 
 Downsample = Literal["max", "area", "nearest"]
@@ -32,26 +32,27 @@ def latent_mask(mask: Image.Image, space: LatentSpace, downsample: Downsample = 
     """A mask on the latent grid, (1, 1, height / downscale, width / downscale), 1 where it repaints.
 
     Args:
-        downsample: "max" repaints a cell if any of its pixels is white; "area" by their share (a soft
-            mask, for blends only); "nearest" looks at the upper left pixel alone, as diffusers does,
+        downsample: "max" repaints a cell if any of its pixels is white; "area" if at least half of
+            them are; "nearest" looks at the upper left pixel alone, as diffusers does,
             so that thin strokes can vanish.
 
     Raises:
         BadInput: sides are no multiples of the downscale, or nothing is white.
     """
-    require_size(mask.size, space, "The mask")
+    require_size(mask.size, space.downscale, "The mask")
     pixels = _binary(mask)
     if not bool(pixels.any()):
         raise BadInput("The mask is black everywhere, so there is nothing to repaint: white marks what is repainted.")
     if downsample == "nearest":
         return pixels[:, :, :: space.downscale, :: space.downscale]
-    pool = F.max_pool2d if downsample == "max" else F.avg_pool2d
-    return pool(pixels, space.downscale)
+    if downsample == "max":
+        return F.max_pool2d(pixels, space.downscale)
+    return (F.avg_pool2d(pixels, space.downscale) >= 0.5).float()
 
 
 def inpaint_channels(
     model: Model,
-    picture: Image.Image,
+    pictures: Image.Image | Sequence[Image.Image],
     mask: Image.Image,
     *,
     seeds: Sequence[int] = (0,),
@@ -60,15 +61,18 @@ def inpaint_channels(
     downsample: Downsample = "max",
     source: NoiseSource | None = None,
 ) -> Tensor:
-    """What a 9-channel UNet takes beside the latents: mask and latents of the picture with its masked part grey.
+    """What a 9-channel UNet takes beside the latents: mask and latents of the pictures with their masked part grey.
+
+    One picture serves all seeds, or there is one per seed.
 
     Returns:
         (seeds, 5, height, width); put it into a conditioning with :func:`with_channels`.
     """
-    require_same_size(picture, mask)
-    require_size(picture.size, model.space)
-    cells = (latent_mask(mask, model.space, downsample) > 0).float()
-    pixels = (to_tensor(picture) * (_binary(mask) < 0.5)).expand(len(seeds), -1, -1, -1)
+    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    for picture in several:
+        require_same_size(picture, mask)
+    cells = latent_mask(mask, model.space, downsample)
+    pixels = one_per_seed(to_tensor(several), len(seeds)) * (_binary(mask) < 0.5)
     masked = encode_tensor(model, pixels, posterior, source or Noise(tuple(seeds), stream), "masked posterior")
     return torch.cat([cells.to(masked).expand(len(seeds), -1, -1, -1), masked], dim=1)
 
@@ -80,19 +84,13 @@ def with_channels(conditioning: Conditioning, channels: Tensor) -> Conditioning:
 
 def known(clean: Latents, unit: Tensor, schedule: Schedule) -> Callable[[float], Tensor]:
     """The kept picture's latents at each noise level of a run: with the run's own noise, clean at its end."""
-    end = schedule.sigmas[-1]
+    x0, end = clean.clean, schedule.finished_at
 
     def at(sigma: float) -> Tensor:
-        if sigma == end and sigma <= clean_end(schedule):
-            return clean.x * math.sqrt(1.0 + sigma**2)  # the variance-preserving state is the clean picture
-        return clean.x + sigma * unit
+        # The variance-preserving state at the end is to be the clean picture itself.
+        return x0 * math.sqrt(1.0 + sigma**2) if sigma <= end else x0 + sigma * unit
 
     return at
-
-
-def clean_end(schedule: Schedule) -> float:
-    """The lowest training noise, where a schedule may end and count as clean; 0 if it is not known."""
-    return schedule.training_sigmas[0] if schedule.training_sigmas else 0.0
 
 
 def keep_known(mask: Tensor, known_at: Callable[[float], Tensor]) -> Callable[[Step], None]:
@@ -129,13 +127,6 @@ def composite(original: Image.Image, painted: Image.Image, mask: Image.Image, bl
     hard = as_mask(mask).point([255 * (v >= 128) for v in range(256)])
     soft = ImageChops.darker(hard, hard.filter(ImageFilter.GaussianBlur(blur))) if blur else hard
     return Image.composite(painted.convert("RGB"), original.convert("RGB"), soft)
-
-
-def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """A preview: what will be repainted, tinted red."""
-    require_same_size(picture, mask)
-    red = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, (255, 0, 0)), 0.5)
-    return Image.composite(red, picture.convert("RGB"), as_mask(mask))
 
 
 def require_same_size(picture: Image.Image, mask: Image.Image) -> None:

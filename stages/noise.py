@@ -38,11 +38,11 @@ def noise(
     """
     space = model.space
     height, width = height or model.native_size, width or model.native_size
-    require_size((width, height), space, "The size asked for")
+    require_size((width, height), space.downscale, "The size asked for")
     source = source or Noise(tuple(seeds), stream)
     unit = source((len(seeds), space.channels, height // space.downscale, width // space.downscale), "latents")
     std = schedule.start_std if schedule.start_std is not None else schedule.sigmas[0]
-    return Latents(unit.to(model.device) * std, space, schedule.sigmas[0], tuple(seeds), stream)
+    return Latents(unit.to(model.device) * std, space, schedule.sigmas[0], tuple(seeds), stream, end=schedule.finished_at)
 
 
 def unit_noise(latents: Latents, source: NoiseSource | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def add_noise(latents: Latents, schedule: Schedule, unit: Tensor | None = None) 
     latents.require_clean("add noise to")
     unit = unit_noise(latents) if unit is None else unit
     sigma = schedule.sigmas[0]
-    return replace(latents, x=latents.x + sigma * unit, sigma=sigma, history=())
+    return replace(latents, x=latents.clean + sigma * unit, sigma=sigma, history=(), end=schedule.finished_at)
 
 
 def start_step(steps: int, strength: float, *, faithful: bool = False) -> int:

@@ -12,7 +12,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..core.errors import BadInput, Note
-from ..core.latents import LatentSpace
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded (decompression bombs)."""
@@ -71,9 +70,8 @@ def as_mask(image: Image.Image, name: str = "The mask") -> Image.Image:
     return as_rgb(image, name).convert("L")
 
 
-def require_size(image_size: tuple[int, int], space: LatentSpace, name: str = "The picture") -> None:
+def require_size(image_size: tuple[int, int], cell: int, name: str = "The picture") -> None:
     """Raise BadInput unless (width, height) are multiples of the latent cell; names the nearest sizes."""
-    cell = space.downscale
     width, height = image_size
     if width < cell or height < cell or width % cell or height % cell:
         down = tuple(max(cell, side // cell * cell) for side in image_size)

@@ -41,9 +41,10 @@ def encode_text(model: Model, prompts: str | Sequence[str], *, clip_skip: int = 
     bodies = [_ids(model.tokenizer, prompt) for prompt in prompts]
     room = _length(model) - 2
     if not chunks:
-        for prompt, body in zip(prompts, bodies, strict=True):
-            if len(body) > room:
-                _report_dropped(model.tokenizer, prompt, body, room)
+        for prompt in prompts:
+            if dropped := dropped_text(model, prompt):
+                more = f"{room} tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
+                warnings.warn(more, Note, stacklevel=2)
         bodies = [body[:room] for body in bodies]
     count = max(1, *(-(-len(body) // room) for body in bodies))
     pieces = [_encode(model, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(count)]
@@ -76,12 +77,3 @@ def _encode(model: Model, bodies: list[list[int]], clip_skip: int) -> Tensor:
         hidden = encoder(ids, output_hidden_states=True, return_dict=True).hidden_states[-1 - clip_skip]
         # transformers 5 has the layer norm on the encoder itself, 4 below text_model.
         return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)  # type: ignore[no-any-return]
-
-
-def _report_dropped(tokenizer: Any, prompt: str, body: list[int], room: int) -> None:
-    text = str(tokenizer.decode(body[room:])).strip()
-    warnings.warn(
-        f"The prompt has {len(body)} tokens of which {room} fit; dropped: {text!r} (chunks = true encodes it too).",
-        Note,
-        stacklevel=3,
-    )

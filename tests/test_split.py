@@ -56,7 +56,7 @@ def setting(tiny: Model) -> Callable[..., Setting]:
     def build(name: str, options: dict[str, Any], more: dict[str, Any], seeds: tuple[int, ...] = (7,)) -> Setting:
         config = read_scheduler(tiny.scheduler, name, **options)
         schedule = config.schedule(STEPS)
-        denoiser = conditioned(UNetDenoiser(tiny.unet, config.prediction_type), cond)
+        denoiser = conditioned(UNetDenoiser(tiny.unet, config.kind), cond)
         return denoiser, noise(tiny, schedule, 32, 32, seeds), schedule, config.solver(STEPS, **more)
 
     return build

@@ -84,6 +84,8 @@ def test_mistakes_are_named_with_their_line(file: Path, old: str, new: str, mess
         ("nobody.steps=3", "names no stage of this chain; its stages are composition, detail"),
         ("steps", "is not of the form key=value"),
         ("detail.stepz=3", "unknown key 'stepz'"),
+        ("detail.steps.x=3", "reaches into detail, which is a single value"),
+        ("steps=true", "steps = True is not allowed"),
     ],
 )
 def test_bad_overrides(file: Path, override: str, message: str) -> None:

@@ -19,7 +19,7 @@ def test_parameters_text(tiny: Model) -> None:
     text = parameters(Chain(stages=(stage,)), 7, (64, 48), {"m": tiny})
     first, second, third = text.splitlines()
     assert (first, second) == ("a castle, 8k", "Negative prompt: blurry")
-    assert third.startswith("Steps: 12, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 7, Size: 64x48, Model hash: ")
+    assert third.startswith("Steps: 12, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 7, Size: 64x48, Model: m, ")
     assert "Denoising strength: 0.5" in third
 
 

@@ -77,6 +77,22 @@ def test_a_split_chain_equals_the_unsplit_one_bit_for_bit(shelf: Shelf, text: Te
     assert torch.equal(ours.x, theirs.x)
 
 
+def test_a_stopped_stage_is_left_out_of_the_grid(shelf: Shelf, text: TextToImage, tmp_path: Path) -> None:
+    first = text.model_copy(update={"stop": Cut(step=2)})
+    rest = ImageToImage(**text.model_dump(include={"model", "prompt", "steps", "solver"}), start="handoff")
+    run(Chain(stages=(first, rest), grid=True), shelf, tmp_path)
+    assert Image.open(tmp_path / "output_000-grid.png").width < 2 * 64
+
+
+def test_stages_draw_their_own_noise_whatever_stands_between(shelf: Shelf, text: TextToImage) -> None:
+    second = text.model_copy(update={"name": "second"})
+    plain = run(Chain(stages=(text, second)), shelf).outputs
+    between = run(Chain(stages=(text, Sharpen(), second)), shelf).outputs
+    (one,), (two,), (three,) = (o.pictures() for o in (plain["text"], plain["second"], between["second"]))
+    assert (pixels(one) != pixels(two)).any()
+    assert (pixels(two) == pixels(three)).all()
+
+
 def test_latents_are_handed_on_without_decoding(shelf: Shelf, text: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Latents] = []
 
@@ -111,7 +127,7 @@ def test_inpainting_keeps_unmasked_pixels_bit_exact(
     for painted in out:
         assert (pixels(painted)[kept] == pixels(picture)[kept]).all()
         assert (pixels(painted)[~kept] != pixels(picture)[~kept]).any()
-    loose = stage.model_copy(update={"composite": False})
+    loose = stage.model_copy(update={"composite": False, "mask_blur": 0.0})
     again = run(Chain(stages=(loose,), folder=tmp_path), shelf).pictures[0]
     assert (pixels(again)[kept] != pixels(picture)[kept]).any(), "the VAE changes kept pixels without the composite"
 
@@ -158,6 +174,12 @@ def test_a_fault_in_a_later_stage_names_it_and_keeps_the_first(shelf: Shelf, two
     assert (tmp_path / "unfinished_000.png").is_file()
 
 
+def test_a_rescue_that_fails_does_not_hide_the_fault(shelf: Shelf, two: Chain, tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file where the folder should be")
+    with pytest.raises(NonFinite, match="NaN in step 3"):
+        run(two, shelf, tmp_path / "blocked", failing_at("second", NonFinite("NaN in step 3")))
+
+
 def test_a_batch_too_large_for_memory_is_run_in_parts(
     shelf: Shelf, text: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +193,7 @@ def test_a_batch_too_large_for_memory_is_run_in_parts(
     monkeypatch.setattr(jobs, "text_to_image", small)
     result = run(Chain(stages=(text,), batch=5), shelf, tmp_path)
     assert len(list(tmp_path.glob("output_*.png"))) == len(result.pictures) == 5
+    assert not list(tmp_path.glob("un*")), "a batch that was saved by halving leaves nothing unfinished"
     assert any("did not fit into memory" in note for note in result.notes)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from unrolled.core.errors import BadInput, CannotWrite, NonFinite, SpaceMismatch
-from unrolled.core.latents import CLEAN, Latents, LatentSpace, batch
+from unrolled.core.latents import Latents, LatentSpace, batch
 from unrolled.core.loading import Model
 from unrolled.core.solver import Past
 from unrolled.stages.decode import decode
@@ -73,19 +73,19 @@ def test_decode_refuses_latents_of_another_space(tiny: Model, space: LatentSpace
 
 def test_decode_refuses_noisy_latents(tiny: Model) -> None:
     noisy = Latents(torch.zeros(1, 4, 8, 8), tiny.space, sigma=1.234)
-    with pytest.raises(
-        BadInput, match=r"Cannot decode latents .* sigma 1\.234 \(clean is at most 0\.05\): denoise .*preview"
-    ):
+    with pytest.raises(BadInput, match=r"Cannot decode latents .* sigma 1\.234 \(clean is at most 0\): denoise .*preview"):
         decode(tiny, noisy)
 
 
-@pytest.mark.parametrize(("sigma", "clean"), [(0.0, True), (0.0292, True), (CLEAN, True), (0.06, False)])
-def test_what_a_finished_schedule_leaves_counts_as_clean(space: LatentSpace, sigma: float, clean: bool) -> None:
-    assert Latents(torch.zeros(1, 4, 2, 2), space, sigma).is_clean is clean
+@pytest.mark.parametrize(
+    ("sigma", "end", "clean"), [(0.0, 0.0, True), (0.0292, 0.0292, True), (0.0413, 0.0292, False), (0.0292, 0.0, False)]
+)
+def test_what_a_finished_schedule_leaves_counts_as_clean(space: LatentSpace, sigma: float, end: float, clean: bool) -> None:
+    assert Latents(torch.zeros(1, 4, 2, 2), space, sigma, end=end).is_clean is clean
 
 
 def test_the_lowest_training_noise_is_scaled_back(space: LatentSpace) -> None:
-    latents = Latents(torch.ones(1, 4, 2, 2), space, sigma=0.03)
+    latents = Latents(torch.ones(1, 4, 2, 2), space, sigma=0.03, end=0.03)
     torch.testing.assert_close(latents.unscaled, torch.full((1, 4, 2, 2), 1 / (0.18215 * (1 + 0.03**2) ** 0.5)))
 
 

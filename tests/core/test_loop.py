@@ -266,3 +266,23 @@ def test_no_gradients_are_recorded(start: Latents) -> None:
     for step in steps(lambda x, sigma, _: Prediction(x * weight / 10, x, sigma), start, SCHEDULE, euler):
         assert not step.x.requires_grad
         assert not step.prediction.out.requires_grad
+
+
+def test_history_is_state_too() -> None:
+    """Dropping the history in a step is what a saved and resumed run would see."""
+    import unrolled
+
+    x = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    space = unrolled.LatentSpace("none", 4, 1, 1.0, "")
+    schedule = unrolled.Schedule.at([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+
+    def denoiser(x: Tensor, sigma: float, timestep: float) -> unrolled.Prediction:
+        return unrolled.Prediction.from_x0(torch.sin(x) / (1 + sigma), x, sigma)
+
+    def run(drop: bool) -> Tensor:
+        for step in unrolled.steps(denoiser, unrolled.Latents(x, space, 8.0), schedule, unrolled.DPMpp2M()):
+            if drop and step.index == 2:
+                step.history = ()
+        return step.x
+
+    assert not torch.equal(run(drop=True), run(drop=False))

@@ -37,10 +37,6 @@ def test_every_place_has_its_own_numbers() -> None:
         assert all((a - b).abs().max() > 0.1 for b in draws[:i])
 
 
-def test_of_is_the_same_seeds_on_another_stream() -> None:
-    assert Noise((1, 2)).of("refine") == Noise((1, 2), "refine")
-
-
 def test_it_is_unit_normal_float32_on_the_cpu() -> None:
     draw = Noise((0,))((1, 4, 128, 128), "latents")
     assert draw.dtype == torch.float32

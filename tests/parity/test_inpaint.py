@@ -79,12 +79,12 @@ def ours(tiny: Model, tiny_inpaint: Model, picture: Image.Image, mask: Image.Ima
         if channels == 9:
             extra = inpaint_channels(model, image, mask, seeds=seeds, source=source, downsample=downsample)
             cond, uncond = with_channels(cond, extra), with_channels(uncond, extra)
-            denoiser = classifier_free(UNetDenoiser(model.unet, config.prediction_type), cond, uncond, scale)
+            denoiser = classifier_free(UNetDenoiser(model.unet, config.kind), cond, uncond, scale)
             return denoise(denoiser, start, schedule, solver, noise=source)
         source(start.x.shape, "masked posterior, unused")
         assert clean is not None
         cells, known_at = latent_mask(mask, model.space, downsample), known(clean, unit, schedule)
-        denoiser = classifier_free(UNetDenoiser(model.unet, config.prediction_type), cond, uncond, scale)
+        denoiser = classifier_free(UNetDenoiser(model.unet, config.kind), cond, uncond, scale)
         # diffusers' PNDM may evaluate twice at the first level; a start that is not pure noise may be blended too.
         denoiser = keeping_known(denoiser, cells, known_at, schedule.sigmas[0] if strength == 1 else math.inf)
         return denoise(denoiser, start, schedule, solver, hooks=[keep_known(cells, known_at)], noise=source)

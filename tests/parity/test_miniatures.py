@@ -65,7 +65,7 @@ def test_inpainting(sd: Model) -> None:
     mask = read_mask(MINIATURES.parent / "chains" / "inputs" / "mask.png").resize(castle.size)
     mask = mask.point([255 * (v >= 128) for v in range(256)])
     spec = Inpaint(prompt="a dog", mask="", steps=6, solver="euler", guidance_scale=6.0, downsample="nearest")
-    ours = inpaint(model, spec, castle, mask, [5], source=DiffusersNoise.seeded(5))
+    ours = inpaint(model, spec, [castle], mask, [5], source=DiffusersNoise.seeded(5))
     theirs = pipe(
         "a dog", image=castle, mask_image=mask, height=castle.height, width=castle.width, num_inference_steps=6,
         guidance_scale=6.0, generator=torch.Generator().manual_seed(5), output_type="latent",

@@ -321,7 +321,7 @@ def in_double(tiny: Model, scheduler_of: Run) -> Run:
     def run(name: str, options: dict[str, Any], steps: int) -> tuple[Tensor, Latents]:
         config = read_scheduler(tiny.scheduler, name, **options)
         schedule = config.schedule(steps)
-        denoiser = classifier_free(UNetDenoiser(unet, config.prediction_type), cond, uncond, 5.0)
+        denoiser = classifier_free(UNetDenoiser(unet, config.kind), cond, uncond, 5.0)
         start = noise(tiny, schedule, seeds=[3], source=DiffusersNoise.seeded(3))
         start = replace(start, x=start.x.double())
         scheduler = scheduler_of(name, **options)

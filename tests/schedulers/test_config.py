@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from pathlib import Path
+import re
 from typing import Any
 
 import diffusers
@@ -12,7 +12,7 @@ import pytest
 from unrolled.core.errors import BadInput, BadModel
 from unrolled.schedulers import PLMS, PNDM, DPMpp2M, Euler, Heun
 from unrolled.schedulers.clip import Clipped
-from unrolled.schedulers.config import SOLVERS, read_scheduler, read_scheduler_file
+from unrolled.schedulers.config import SOLVERS, read_scheduler
 from unrolled.schedulers.faithful import DiffusersDDIM, DiffusersPLMS
 
 CLASSES = [kind.__name__.replace("Config", "Scheduler") for kind in SOLVERS.values()]
@@ -85,8 +85,31 @@ def test_what_is_not_honoured_is_refused(name: str, options: dict[str, Any], fau
 def test_unknown_option() -> None:
     with pytest.raises(BadModel, match=r"^PNDMScheduler has no option beta_stop: it cannot be honoured, remove it from"):
         read_scheduler({**SD15, "beta_stop": 0.012})
-    with pytest.raises(BadModel, match=r"has no option karras\b"):
-        read_scheduler(SD15, "euler", karras=True)
+
+
+@pytest.mark.parametrize(("solver", "option"), [("euler", "karras"), (None, "use_karras_sigmas"), ("euler", "clip_sample")])
+def test_a_change_without_effect_is_refused(solver: str | None, option: str) -> None:
+    with pytest.raises(BadInput, match=rf"has no option {option}: take another solver or leave it out"):
+        read_scheduler(SD15, solver, **{option: True})
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "ddim"])
+def test_eta_is_ddims_alone(solver: str) -> None:
+    with pytest.raises(BadInput, match=f"eta is DDIM's, and this solver is {re.escape(solver)}"):
+        read_scheduler(SD15, solver).solver(5, eta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta_start": -0.1}, "beta_start = -0.1 is not honoured"),
+        ({"steps_offset": -1}, "steps_offset = -1 is not honoured"),
+        ({"trained_betas": [0.1] * 10}, "10 betas for 1000 training timesteps"),
+    ],
+)
+def test_values_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadModel, match=message):
+        read_scheduler(SD15 | options)
 
 
 @pytest.mark.parametrize(("name", "shown"), [("UniPCMultistepScheduler", "UniPCMultistepScheduler"), (None, r"\(none\)")])
@@ -164,19 +187,3 @@ def test_trained_betas_are_the_table() -> None:
     config = read_scheduler({"_class_name": "DDIMScheduler", "trained_betas": betas, "num_train_timesteps": 3})
     alphas = [0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.5]
     assert config.training_sigmas() == pytest.approx([math.sqrt((1 - a) / a) for a in alphas])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"scheduler_config\.json is missing: a model folder needs its scheduler_config\.json\.$"),
-        ("{", r"scheduler_config\.json is damaged and cannot be read as JSON \(.+\)\.$"),
-        ("[1]", r"scheduler_config\.json holds a list where a scheduler's options are expected\.$"),
-    ],
-)
-def test_bad_files(content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "scheduler_config.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(BadModel, match=message):
-        read_scheduler_file(path)

@@ -81,7 +81,7 @@ def test_what_is_dropped_is_reported_by_its_text(tiny: Model) -> None:
     with pytest.warns(Note) as caught:
         context = encode_text(tiny, LONG).context
     assert [str(w.message) for w in caught] == [
-        f"The prompt has {len(ids)} tokens of which 75 fit; dropped: {dropped!r} (chunks = true encodes it too)."
+        f"75 tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
     ]
     assert caught[0].filename == __file__
     assert dropped_text(tiny, LONG) == dropped
