@@ -1,7 +1,8 @@
 """Whole text-to-image pipelines side by side with diffusers on the CPU: time, peak memory, time outside the UNet.
 
-Same weights, same noise, same schedule, in one process and interleaved (A B B A); memory is the peak of
-a process of its own for each side. The pictures must agree, or no figure is written.
+Same weights, same noise, same schedule, in one process and interleaved (A B B A), on a tiny random network (what
+is left is overhead) and on the trained miniature; memory is the peak of a process of its own for each side. The
+pictures must agree, or no figure is written.
 
     python benchmarks/loop_overhead.py            # prints the table, writes results/loop_overhead.json
 """
@@ -12,10 +13,10 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -30,10 +31,11 @@ from unrolled.chains.jobs import text_to_image
 from unrolled.chains.record import versions
 from unrolled.core.loading import MINIATURES, load
 from unrolled.core.noise import DiffusersNoise
+from unrolled.miniatures.tiny import write_tiny
 from unrolled.stages.decode import decode
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT, STEPS, SEED = "a castle", 20, 0
+PROMPT, STEPS, GUIDANCE, SEED = "a castle", 20, 5.0, 0
 SOLVERS = {
     "euler": "EulerDiscreteScheduler",
     "ddim": "DDIMScheduler",
@@ -45,9 +47,9 @@ SOLVERS = {
 Side = Callable[[], Any]
 
 
-def ours(solver: str) -> tuple[Side, Any]:
-    model = load("sd-1.5", device="cpu")
-    spec = TextToImage(prompt=PROMPT, solver=solver, steps=STEPS, guidance_scale=7.0)
+def ours(folder: Path, solver: str) -> tuple[Side, Any]:
+    model = load(str(folder), device="cpu")
+    spec = TextToImage(prompt=PROMPT, solver=solver, steps=STEPS, guidance_scale=GUIDANCE)
 
     def run() -> Any:
         latents = text_to_image(model, spec, [SEED], source=DiffusersNoise.seeded(SEED))
@@ -56,18 +58,16 @@ def ours(solver: str) -> tuple[Side, Any]:
     return run, model.unet
 
 
-def theirs(solver: str) -> tuple[Side, Any]:
+def theirs(folder: Path, solver: str) -> tuple[Side, Any]:
     import diffusers
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-        MINIATURES / "sd-1.5", use_safetensors=True, torch_dtype=torch.float32
-    )
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
     pipe.scheduler = getattr(diffusers, SOLVERS[solver]).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> Any:
         generator = torch.Generator().manual_seed(SEED)
-        return pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=7.0, generator=generator).images[0]
+        return pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator).images[0]
 
     return run, pipe.unet
 
@@ -88,8 +88,9 @@ def seconds(side: Side, unet: Any) -> tuple[float, float, int]:
     return total, sum(inside), len(inside)
 
 
-def compare(solver: str, rounds: int) -> dict[str, float]:
-    sides = {"ours": ours(solver), "diffusers": theirs(solver)}
+def compare(folder: Path, solver: str, rounds: int) -> dict[str, float]:
+    """Quantiles are medians over ``2 * rounds`` runs a side."""
+    sides = {"ours": ours(folder, solver), "diffusers": theirs(folder, solver)}
     pictures = {name: torch.tensor(list(run().tobytes())) for name, (run, _) in sides.items()}  # and warm up
     difference = int((pictures["ours"] - pictures["diffusers"]).abs().max())
     if difference > 1:
@@ -110,49 +111,54 @@ def compare(solver: str, rounds: int) -> dict[str, float]:
     }
 
 
-def peak_memory(side: str, solver: str) -> float:
+def peak_memory(side: str, folder: Path) -> float:
     """Peak resident megabytes of a process that makes one picture."""
-    command = [sys.executable, "-P", __file__, "--memory-of", side, "--solver", solver]
+    command = [sys.executable, "-P", __file__, "--memory-of", side, "--folder", str(folder)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def own_peak() -> float:
+    """Of this process since it was started; ``ru_maxrss`` would count its parent's from before the exec."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--solver", choices=[*SOLVERS], help="only this one")
     parser.add_argument("--memory-of", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        (ours if args.memory_of == "ours" else theirs)(args.solver)[0]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        (ours if args.memory_of == "ours" else theirs)(args.folder, "euler")[0]()
+        print(own_peak())
         return
-    table = Table("solver", "ours ms", "diffusers ms", "ratio", "outside UNet µs/call", "diffusers µs/call")
-    rows = {}
-    for solver in [args.solver] if args.solver else SOLVERS:
-        rows[solver] = row = compare(solver, args.rounds)
-        cells = (
-            "wall_ms",
-            "wall_ms_diffusers",
-            "wall_ratio",
-            "outside_unet_us_per_call",
-            "outside_unet_us_per_call_diffusers",
-        )
-        table.add_row(solver, *(f"{row[c]:.2f}" if c == "wall_ratio" else f"{row[c]:.0f}" for c in cells))
-    memory = {side: peak_memory(side, "euler") for side in ("ours", "diffusers")}
-    ratio = memory["ours"] / memory["diffusers"]
-    Console().print(table)
-    print(f"peak memory: ours {memory['ours']:.0f} MB, diffusers {memory['diffusers']:.0f} MB, ratio {ratio:.2f}")
-    result = {
+    result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "model": "miniature sd-1.5, 64x64, float32",
-        "job": f"text to image, {STEPS} steps, guidance 7.0, one picture; median of {2 * args.rounds} runs a side",
+        "job": f"text to image, {STEPS} steps, guidance {GUIDANCE}, one picture of 64x64, float32",
+        "statistic": f"median of {2 * args.rounds} runs a side, interleaved",
         "versions": versions(),
-        "solvers": rows,
-        "peak_memory_mb": memory | {"ratio": ratio},
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {"tiny": write_tiny(Path(scratch) / "tiny"), "miniature": MINIATURES / "sd-1.5"}
+        for name, folder in models.items():
+            rows = {solver: compare(folder, solver, args.rounds) for solver in SOLVERS}
+            memory = {side: peak_memory(side, folder) for side in ("ours", "diffusers")}
+            result[name] = {"solvers": rows, "peak_memory_mb": memory | {"ratio": memory["ours"] / memory["diffusers"]}}
+            show(name, rows, memory)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loop_overhead.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(name: str, rows: dict[str, dict[str, float]], memory: dict[str, float]) -> None:
+    table = Table("solver", "ours ms", "diffusers ms", "ratio", "outside UNet µs/call", "diffusers µs/call", title=name)
+    outside = ("outside_unet_us_per_call", "outside_unet_us_per_call_diffusers")
+    for solver, row in rows.items():
+        cells = ("wall_ms", "wall_ms_diffusers", "wall_ratio", *outside)
+        table.add_row(solver, *(f"{row[c]:.2f}" if c == "wall_ratio" else f"{row[c]:.0f}" for c in cells))
+    Console().print(table)
+    print(f"peak memory: ours {memory['ours']:.0f} MB, diffusers {memory['diffusers']:.0f} MB")
 
 
 if __name__ == "__main__":

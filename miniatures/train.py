@@ -1,4 +1,4 @@
-"""Train the miniatures on a CPU: `vae`, `text-to-image`, `guidance`, `decoder`, `inpainting`, each from what came before.
+"""Train the miniatures on a CPU: `vae`, `text-to-image`, `decoder`, `inpainting`, each from what came before.
 
 A training that was killed goes on from its last checkpoint: run the same command again.
 """
@@ -6,7 +6,6 @@ A training that was killed goes on from its last checkpoint: run the same comman
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Final
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 from transformers import CLIPTextModel
 
 from . import networks, words, world
-from .denoising import Denoising, hole, predicted
+from .denoising import Denoising, hole
 from .pictures import latents, pixels
 from .training import Losses, Report, Training
 
 HERE: Final = Path(__file__).parent
 HOLES: Final = 16
-MODERATION: Final = 3.0
-BLEND: Final = {"text_encoder": 0.65, "unet": 0.8}
 
 
 @lru_cache(maxsize=4)
@@ -155,63 +152,14 @@ def train_text_to_image(args: argparse.Namespace) -> None:
     training.run(losses, publish)
 
 
-def train_guidance(args: argparse.Namespace) -> None:
-    """Teach the pair of `text-to-image` to leave guidance something to do.
-
-    Networks that have 250 pictures by heart predict them outright from the caption; guidance of the usual strength
-    then overshoots every colour.  The pupil goes, from the teacher's prediction without a caption towards the one
-    with it, only so far that guidance of strength `MODERATION` brings it where the teacher is without guidance.
-    Alone it confuses things where the noise is strongest; what is published lies between the two, `BLEND` of the way.
-    """
-    task = Denoising(args)
-    tokenizer = words.load_tokenizer(args.out / "tokenizer")
-    pairs = [
-        nn.ModuleDict({"text_encoder": networks.new_text_encoder(tokenizer), "unet": networks.new_unet()})
-        for _ in ("teacher", "pupil")
-    ]
-    for pair in pairs:
-        pair.load_state_dict(torch.load(args.work / "text-to-image.pt", weights_only=True)["smooth"])
-        pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher, pupil = pairs
-    training = Training(dict(pupil.items()), args, average=0.98)
-    nothing = task.tokens(tokenizer, 0, range(args.batch), empty=1)
-
-    def losses(step: int) -> Losses:
-        chosen = turn(step, args.batch, len(task.things), args.seed)
-        noisy, _, steps, weights = task.noised(task.clean[chosen])
-        ids = task.tokens(tokenizer, step, chosen)
-        with torch.no_grad():
-            without, given = (
-                predicted(teacher["unet"], noisy, steps, teacher["text_encoder"](text).last_hidden_state)
-                for text in (nothing, ids)
-            )
-        ours = predicted(pupil["unet"], noisy, steps, pupil["text_encoder"](ids).last_hidden_state)
-        return {"loss": (weights * (ours - torch.lerp(without, given, 1 / MODERATION)) ** 2).mean()}
-
-    def publish(report: Report) -> None:
-        for name, share in BLEND.items():
-            theirs, ours = teacher[name].state_dict(), pupil[name].state_dict()
-            blend = copy.deepcopy(pupil[name])
-            blend.load_state_dict({weight: torch.lerp(theirs[weight], ours[weight], share) for weight in ours})
-            networks.save_network(blend, args.out / name)
-        networks.save_json(report, args.out / "guidance-training.json")
-
-    training.run(losses, publish)
-
-
 def train_inpainting(args: argparse.Namespace) -> None:
-    """The text-to-image UNet learns to look at five more channels: the mask and the masked picture.
-
-    What a caption adds is halved for the same reason as in `train_guidance`, the UNet being its own teacher.
-    """
+    """The text-to-image UNet learns to look at five more channels: the mask and the masked picture."""
     task = Denoising(args)
     tokenizer = words.load_tokenizer(args.text_to_image / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(args.text_to_image / "text_encoder", dtype=torch.float32)
     narrow = UNet2DConditionModel.from_pretrained(args.text_to_image / "unet", torch_dtype=torch.float32)
     unet = networks.widened(narrow).to(memory_format=torch.channels_last)
     training = Training({"unet": unet}, args, average=0.99)
-    nothing = task.tokens(tokenizer, 0, range(args.batch), empty=1)
-    no_text = text_encoder(nothing).last_hidden_state.detach()
 
     # Encoding the masked pictures costs as much as a training step, so each thing gets its holes once and for all.
     rng = random.Random(f"{args.seed}/holes")
@@ -222,15 +170,9 @@ def train_inpainting(args: argparse.Namespace) -> None:
     def losses(step: int) -> Losses:
         chosen = turn(step, args.batch, len(task.things), args.seed)
         which = torch.randint(HOLES, (args.batch,))
-        beside = small[chosen, which], around[chosen, which]
-        noisy, noise, steps, weights = task.noised(task.clean[chosen])
-        ids = task.tokens(tokenizer, step, chosen, empty=0.3)
         with torch.no_grad():
-            text = text_encoder(ids).last_hidden_state
-            without = predicted(unet, noisy, steps, no_text, *beside)
-        share = torch.where((ids == nothing).all(1), 1.0, 0.5).view(-1, 1, 1, 1)
-        ours = predicted(unet, noisy, steps, text, *beside)
-        return {"loss": (weights * (ours - torch.lerp(without, noise, share)) ** 2).mean()}
+            text = text_encoder(task.tokens(tokenizer, step, chosen)).last_hidden_state
+        return {"loss": task.loss(unet, task.clean[chosen], text, small[chosen, which], around[chosen, which])}
 
     def publish(report: Report) -> None:
         networks.save_network(unet, args.out / "unet")
@@ -244,8 +186,7 @@ def main() -> None:
     """`python -P -m unrolled.miniatures.train vae --data DATA --work WORK`, and so on."""
     recipes = {
         "vae": (train_vae, "sd-1.5", 16, 1.5e-3, 1900),
-        "text-to-image": (train_text_to_image, "sd-1.5", 32, 1e-3, 4900),
-        "guidance": (train_guidance, "sd-1.5", 32, 4e-4, 340),
+        "text-to-image": (train_text_to_image, "sd-1.5", 32, 1e-3, 4300),
         "decoder": (train_decoder, "sd-1.5", 16, 5e-4, 400),
         "inpainting": (train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 600),
     }

@@ -43,7 +43,7 @@ class Training:
         return float(self.args.lr) * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * decay)
 
     def run(self, losses: Callable[[int], Losses], publish: Callable[[Report], None]) -> None:
-        """Train to the last step, publishing the averaged weights now and then (`self.smoothed` is on then)."""
+        """Train to the last step, publishing the averaged weights now and then."""
         begun, sums = time.monotonic() - self.seconds, dict[str, list[float]]()
         for step in range(self.done, self.args.steps):
             torch.manual_seed(self.args.seed * 1_000_003 + step)
