@@ -188,7 +188,7 @@ def main() -> None:
         "vae": (train_vae, "sd-1.5", 16, 1.5e-3, 1900),
         "text-to-image": (train_text_to_image, "sd-1.5", 32, 1e-3, 4300),
         "decoder": (train_decoder, "sd-1.5", 16, 5e-4, 400),
-        "inpainting": (train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 600),
+        "inpainting": (train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 700),
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=recipes)
