@@ -8,27 +8,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..core.errors import BadInput, BadModel
-from .classes import (
-    DDIMConfig,
-    DDPMConfig,
-    DPMSolverMultistepConfig,
-    EulerAncestralDiscreteConfig,
-    EulerDiscreteConfig,
-    HeunDiscreteConfig,
-    PNDMConfig,
-    SchedulerConfig,
-)
+from . import classes
+from .classes import SchedulerConfig
 
 SOLVERS: dict[str, type[SchedulerConfig]] = {
     kind.name: kind
     for kind in (
-        DDIMConfig,
-        DDPMConfig,
-        DPMSolverMultistepConfig,
-        EulerAncestralDiscreteConfig,
-        EulerDiscreteConfig,
-        HeunDiscreteConfig,
-        PNDMConfig,
+        classes.DDIMConfig,
+        classes.DDPMConfig,
+        classes.DPMSolverMultistepConfig,
+        classes.EulerAncestralDiscreteConfig,
+        classes.EulerDiscreteConfig,
+        classes.HeunDiscreteConfig,
+        classes.PNDMConfig,
     )
 }
 """Solver names of chain files, and the diffusers class each takes its conventions from."""
