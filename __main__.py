@@ -66,7 +66,7 @@ def run(
         with _bars(on=progress and err.is_terminal) as watch:
             result = run_chain(job, _shelf(models, device, dtype), output, watch)
     except KeyboardInterrupt:  # typer would leave without a word
-        _say(f"Interrupted; what was finished is in {output}.")
+        _say(f"Interrupted; what was made so far is in {output} (interrupted_*.safetensors, unfinished_*).")
         raise typer.Exit(INTERRUPTED) from None
     for note in dict.fromkeys(result.notes):
         _say(note, "note")

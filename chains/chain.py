@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
 from ..core.errors import BadChain
 from ..stages.image import Posterior
@@ -54,7 +54,7 @@ class Denoising(_Named):
     prompt: str = ""
     negative_prompt: str = ""
     steps: int = Field(30, ge=1, strict=True)
-    guidance_scale: float | list[float] = 7.5
+    guidance_scale: FiniteFloat | list[FiniteFloat] = 7.5
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
     guidance_interval: tuple[int, int] | None = Field(None, description="first and last + 1 step that is guided")
     guidance_batched: bool = True
@@ -72,8 +72,8 @@ class TextToImage(Denoising):
     """Pure noise to a picture."""
 
     do: Literal["text-to-image"] = "text-to-image"
-    height: int | None = None
-    width: int | None = None
+    height: int | None = Field(None, ge=1, strict=True)
+    width: int | None = Field(None, ge=1, strict=True)
 
 
 class _FromPicture(Denoising):
@@ -152,7 +152,7 @@ class Chain(_Checked):
     """
 
     stages: tuple[Stage, ...] = Field(min_length=1)
-    seed: int = Field(0, strict=True)
+    seed: int = Field(0, ge=0, strict=True)
     batch: int = Field(1, ge=1, strict=True)
     formats: tuple[Literal["png", "jpg", "webp"], ...] = ("png",)
     grid: bool = False
@@ -221,7 +221,7 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadChain(f"{path} cannot be read as a chain file ({error}).") from error
+        raise BadChain(f"{path} cannot be read as a chain file ({error}): it must be TOML in UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
         raise BadChain(f"{path} is not valid TOML: {error}.") from error
     stages = document.pop("stage", [])
@@ -232,7 +232,9 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
             _everywhere(document, stages, key, value)
     for override in overrides:
         _override(document, stages, override)
-    return _assemble(document, stages, _Locator(path, text))
+    given = {key for key, value in shared.items() if value is not None}
+    given |= {override.partition("=")[0].strip().split(".")[-1] for override in overrides}
+    return _assemble(document, stages, _Locator(path, text, given))
 
 
 def _assemble(shared: dict[str, Any], stages: list[dict[str, Any]], where: _Locator) -> Chain:
@@ -303,7 +305,8 @@ def _find(source: str | Path) -> Path:
     packaged = packaged_chains()
     if str(source) in packaged:
         return packaged[str(source)]
-    raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}.")
+    near = _closest(str(source), set(packaged))
+    raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}{near}.")
 
 
 def _closest(key: str, known: set[str]) -> str:
@@ -314,8 +317,8 @@ def _closest(key: str, known: set[str]) -> str:
 class _Locator:
     """Names the line of a chain file that a fault lies in."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.lines = path, text.splitlines()
+    def __init__(self, path: Path, text: str, given: set[str]) -> None:
+        self.path, self.lines, self.given = path, text.splitlines(), given
 
     def fault(self, stage: int | None, error: ValidationError, kind: type[BaseModel]) -> BadChain:
         """The first of pydantic's complaints as one sentence."""
@@ -329,11 +332,15 @@ class _Locator:
         elif first["type"] == "value_error":
             message = str(first["ctx"]["error"])
         else:
-            message = f"{'.'.join(names)} = {first['input']!r} is not allowed: {first['msg'][0].lower() + first['msg'][1:]}"
+            reason = first["msg"][0].lower() + first["msg"][1:]
+            reason = reason.replace("valid tuple", 'list, e.g. ["jpg"]')
+            message = f"{'.'.join(names)} = {first['input']!r} is not allowed: {reason}"
         return self.error(stage, key, message)
 
     def error(self, stage: int | None, key: str, message: str) -> BadChain:
-        """``message`` with the line of ``key`` in a stage or above the first."""
+        """``message`` with the line of ``key`` in a stage or above the first; not if it was given from outside."""
+        if key in self.given:
+            return BadChain(f"Given for {self.path.name}: {message}.")
         heads = [i for i, line in enumerate(self.lines) if re.match(r"\s*\[\[\s*stage\s*\]\]", line)]
         start, end = (0, heads[0] if heads else len(self.lines))
         if stage is not None and stage < len(heads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.checkpoint import encoder_fingerprint, weight_files
-from ..core.errors import BadChain, BadInput, BadModel, UnrolledError
+from ..core.errors import BadChain, BadInput, BadModel, Note, UnrolledError
 from ..core.latents import Latents, LatentSpace
 from ..core.loading import Shelf, Source, check_classes
 from ..core.loop import denoise
@@ -73,7 +74,9 @@ def plan(chain: Chain, shelf: Shelf) -> list[StagePlan]:
     for index, stage in enumerate(chain.stages):
         before = chain.before(index)
         try:
-            plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Note)  # the run tells
+                plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf)
         except UnrolledError as error:
             wrong = type(error) if isinstance(error, BadModel) else BadChain
             raise wrong(f"Stage {stage.name!r}: {error}") from error
@@ -106,7 +109,7 @@ def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, shelf: She
 def _denoising(stage: Denoising, source: Source, takes: str, size: tuple[int, int], sigma: float | None = None) -> StagePlan:
     run = plan_run(stage, source.scheduler, sigma)
     guidance_scale(stage, run.whole)
-    return StagePlan(stage, takes, size, run, tuple(_notes(stage, run)))  # type: ignore[arg-type]
+    return StagePlan(stage, takes, size, run, tuple(_notes(stage, run, size, source.sizes()[0])))  # type: ignore[arg-type]
 
 
 def _input(
@@ -150,7 +153,9 @@ def _require_mask(chain: Chain, stage: Denoising, size: tuple[int, int]) -> None
             )
 
 
-def _notes(stage: Denoising, run: Run) -> Iterable[str]:
+def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> Iterable[str]:
+    if max(size) > 2 * native:
+        yield f"{size[0]}x{size[1]} is far above the model's native {native} px: take fit = true or a smaller size"
     if run.schedule.first and isinstance(stage, ImageToImage | Inpaint):
         yield f"runs {len(run.schedule)} of {len(run.whole)} steps, from sigma {run.schedule.sigmas[0]:.3g}"
     if not isinstance(stage.guidance_scale, list) and stage.guidance_scale <= 1.0:

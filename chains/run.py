@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..core.errors import BadInput, Note, OutOfMemory, UnrolledError
-from ..core.files import claim, write_atomically
+from ..core.files import claim, require_writable, write_atomically
 from ..core.latents import Latents
 from ..core.loading import Model, Shelf
 from ..core.loop import Step
@@ -79,6 +79,8 @@ def run(chain: Chain, shelf: Shelf, folder: Path | None = None, watch: Watch | N
         UnrolledError: what went wrong, with the stage's name.
     """
     plan(chain, shelf)
+    if folder is not None:
+        require_writable(folder)
     result, last = Result(), list[Step]()
     try:
         return _run(chain, shelf, folder, watch, result, last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,11 @@ class UNetDenoiser:
     unet: Any
     kind: Kind = "epsilon"
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The UNet's precision; kept, because diffusers walks over all parameters to tell it (1 ms a step)."""
+        return self.unet.dtype  # type: ignore[no-any-return]
+
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """Scale the input to unit variance, call the UNet, and say what its output means.
 
@@ -49,8 +55,8 @@ class UNetDenoiser:
         unet = self.unet
         if unused := conditioning.names() - {"context", "channels"}:
             raise BadInput(f"This UNet is conditioned by context and channels, it cannot take {', '.join(sorted(unused))}.")
-        conditioning = conditioning.expand(len(x)).to(x.device, unet.dtype)
-        scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(unet.dtype)
+        conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
+        scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.dtype)
         if conditioning.channels is not None:
             scaled = torch.cat([scaled, conditioning.channels], dim=1)
         if scaled.shape[1] != unet.config.in_channels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -54,8 +55,20 @@ def claim(folder: Path, stem: str, ending: str) -> Path:
     raise AssertionError("unreachable: count() does not end")
 
 
+def require_writable(folder: Path) -> None:
+    """Raise CannotWrite now if nothing can be written into ``folder``, rather than after the work; makes it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
 def _cannot_write(path: Path, error: OSError) -> CannotWrite:
-    return CannotWrite(f"Could not write {path} ({error.strerror}): free some space or choose another folder with --output.")
+    return CannotWrite(
+        f"Could not write {path} ({error.strerror}): choose another folder with --output, or free some space."
+    )
 
 
 def _first_free(names: set[str], stem: str) -> int:

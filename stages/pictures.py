@@ -107,6 +107,8 @@ def _open(path: str | Path) -> Image.Image:
                 raise _too_large(path)
             image.load()
             return image
+    except IsADirectoryError as error:
+        raise BadInput(f"{path} is a folder, not a picture: name a file in it.") from error
     except FileNotFoundError as error:
         raise BadInput(f"There is no picture at {path}.") from error
     except Image.DecompressionBombError as error:

@@ -85,12 +85,20 @@ def test_mistakes_are_named_with_their_line(file: Path, old: str, new: str, mess
         ("steps", "is not of the form key=value"),
         ("detail.stepz=3", "unknown key 'stepz'"),
         ("detail.steps.x=3", "reaches into detail, which is a single value"),
-        ("steps=true", "steps = True is not allowed"),
+        ("steps=true", r"^Given for chain\.toml: steps = True is not allowed"),
+        ("formats=jpg", r"formats = 'jpg' is not allowed: input should be a list, e\.g\. \[\"jpg\"\]"),
+        ("seed=-5", "seed = -5 is not allowed"),
+        ("guidance_scale=nan", "guidance_scale.* = nan is not allowed"),
     ],
 )
 def test_bad_overrides(file: Path, override: str, message: str) -> None:
     with pytest.raises(BadChain, match=message):
         read_chain(file, [override])
+
+
+def test_a_name_that_is_nearly_right() -> None:
+    with pytest.raises(BadChain, match="did you mean 'text-to-image'"):
+        read_chain("txt-to-image")
 
 
 def test_a_chain_without_stages_or_file(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_sizes_handoffs_and_calls(tmp_path: Path) -> None:
     steps = 5
     [[stage]]
     do = "image-to-image"
+    solver = "pndm"
+    scheduler = { skip_prk_steps = true }
     steps = 10
     strength = 0.5
     [[stage]]
@@ -131,3 +133,9 @@ def test_no_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("unrolled.core.loading.read_component", refuse)
     assert plan(read_chain("text-to-image"), Shelf(device="cpu"))
+
+
+def test_a_picture_far_above_the_native_size_is_noted(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 64)).save(tmp_path / "wide.png")
+    job = chain(tmp_path, '[[stage]]\ndo = "image-to-image"\nimage = "wide.png"\n')
+    assert "far above the model's native 64 px" in plan(job, Shelf(device="cpu"))[0].notes[0]

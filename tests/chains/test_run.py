@@ -174,10 +174,21 @@ def test_a_fault_in_a_later_stage_names_it_and_keeps_the_first(shelf: Shelf, two
     assert (tmp_path / "unfinished_000.png").is_file()
 
 
-def test_a_rescue_that_fails_does_not_hide_the_fault(shelf: Shelf, two: Chain, tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file where the folder should be")
+def test_a_rescue_that_fails_does_not_hide_the_fault(
+    shelf: Shelf, two: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CannotWrite("the disk is full")
+
+    monkeypatch.setattr("unrolled.chains.run.claim", full)
     with pytest.raises(NonFinite, match="NaN in step 3"):
-        run(two, shelf, tmp_path / "blocked", failing_at("second", NonFinite("NaN in step 3")))
+        run(two, shelf, tmp_path, failing_at("second", NonFinite("NaN in step 3")))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(shelf: Shelf, text: TextToImage, tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file where the folder should be")
+    with pytest.raises(CannotWrite, match="choose another folder with --output"):
+        run(Chain(stages=(text,)), shelf, tmp_path / "blocked", failing_at("text", AssertionError("it ran"), step=0))
 
 
 def test_a_batch_too_large_for_memory_is_run_in_parts(

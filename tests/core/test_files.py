@@ -39,7 +39,7 @@ def test_a_failing_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: 
         write_atomically(path, b"new")
     monkeypatch.undo()
     assert str(caught.value) == (
-        f"Could not write {path} (No space left on device): free some space or choose another folder with --output."
+        f"Could not write {path} (No space left on device): choose another folder with --output, or free some space."
     )
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.png"]
@@ -76,7 +76,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(small_disk: Path) -> None:
     path = write_atomically(small_disk / "a.png", b"old")
-    with pytest.raises(CannotWrite, match=r"a\.png \(No space left on device\): free some space"):
+    with pytest.raises(CannotWrite, match=r"a\.png \(No space left on device\): choose another folder"):
         write_atomically(path, bytes(100_000))
     assert path.read_bytes() == b"old"
     assert os.listdir(small_disk) == ["a.png"]

@@ -214,7 +214,7 @@ def test_a_missing_picture(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"cannot be read as a picture"):
+    with pytest.raises(BadInput, match=r"is a folder, not a picture: name a file in it"):
         read_picture(tmp_path)
 
 
