@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def _chain(source: str, overrides: list[str] | None, **shared: Any) -> Chain:
-    from .chains.chain import read_chain
+    from .chains.read import read_chain
 
     if shared["seed"] == -1:
         shared["seed"] = secrets.randbelow(2**32)

@@ -1,29 +1,24 @@
-"""Chain files: TOML that reads like what it does, checked key by key."""
+"""What a chain is: its stages and their keys, checked one by one. `read.py` reads them from files."""
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
-from ..core.errors import BadChain
 from ..stages.image import Posterior
 from ..stages.inpaint import Downsample
 
-PACKAGED = Path(__file__).parent
-"""The chain files that come with the package."""
 
+class Checked(BaseModel):
+    """No unknown keys, no change after it was checked."""
 
-class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
 
 
-class Cut(_Checked):
+class Cut(Checked):
     """Where a run stops early, in exactly one way (see :meth:`unrolled.core.schedule.Schedule.index`)."""
 
     step: int | None = None
@@ -42,12 +37,14 @@ class Cut(_Checked):
         return self
 
 
-class _Named(_Checked):
+class Named(Checked):
+    """What every stage may be told."""
+
     name: str = ""
     after: str | None = Field(None, description="the stage whose output this one takes; by default the one before")
 
 
-class Denoising(_Named):
+class Denoising(Named):
     """What every stage that denoises may be told."""
 
     model: str = "sd-1.5"
@@ -123,7 +120,7 @@ class Inpaint(_FromPicture):
         return self
 
 
-class Sharpen(_Named):
+class Sharpen(Named):
     """Unsharp masking."""
 
     do: Literal["sharpen"] = "sharpen"
@@ -131,7 +128,7 @@ class Sharpen(_Named):
     radius: float = Field(1.0, gt=0.0)
 
 
-class Resize(_Named):
+class Resize(Named):
     """Lanczos by a factor."""
 
     do: Literal["resize"] = "resize"
@@ -139,13 +136,13 @@ class Resize(_Named):
 
 
 Stage = Annotated[TextToImage | ImageToImage | Inpaint | Sharpen | Resize, Field(discriminator="do")]
-_STAGE: TypeAdapter[Stage] = TypeAdapter(Stage)
-_KINDS: dict[str, type[_Named]] = {
+STAGE: TypeAdapter[Stage] = TypeAdapter(Stage)
+KINDS: dict[str, type[Named]] = {
     kind.model_fields["do"].default: kind for kind in (TextToImage, ImageToImage, Inpaint, Sharpen, Resize)
 }
 
 
-class Chain(_Checked):
+class Chain(Checked):
     """A whole job: stages in order, and what is written.
 
     In Python: ``Chain(stages=[TextToImage(prompt="a castle"), Resize(factor=2)])``.
@@ -198,156 +195,3 @@ def stage_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
         again = sum(name == plain or name.startswith(f"{plain}-") for name in names)
         names.append(plain if stage.get("name") or not again else f"{plain}-{again + 1}")
     return names
-
-
-def packaged_chains() -> dict[str, Path]:
-    """The chains that come with the package, by name."""
-    return {path.stem: path for path in sorted(PACKAGED.glob("*.toml"))}
-
-
-def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: object) -> Chain:
-    """A chain from a file or the name of one that comes with the package.
-
-    Args:
-        overrides: ``key=value`` for every stage or ``stage.key=value`` for one; values are TOML, and what
-            is not TOML is text.
-        shared: further keys for every stage (None is left out).
-
-    Raises:
-        BadChain: no such file, not TOML, or a key or value that is not allowed; the line is named.
-    """
-    path = _find(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadChain(f"{path} cannot be read as a chain file ({error}): it must be TOML in UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise BadChain(f"{path} is not valid TOML: {error}.") from error
-    stages = document.pop("stage", [])
-    if not isinstance(stages, list) or not stages:
-        raise BadChain(f"{path} has no [[stage]]: a chain needs at least one.")
-    for key, value in shared.items():
-        if value is not None:
-            _everywhere(document, stages, key, value)
-    for override in overrides:
-        _override(document, stages, override)
-    given = {key for key, value in shared.items() if value is not None}
-    given |= {override.partition("=")[0].strip().split(".")[-1] for override in overrides}
-    return _assemble(document, stages, _Locator(path, text, given))
-
-
-def _assemble(shared: dict[str, Any], stages: list[dict[str, Any]], where: _Locator) -> Chain:
-    kinds = [_kind(stage, where, i) for i, stage in enumerate(stages)]
-    own = Chain.model_fields.keys() - {"stages", "folder"}
-    for key in shared:
-        if key not in own and not any(key in kind.model_fields for kind in kinds):
-            known = {*own, *(k for kind in kinds for k in kind.model_fields)}
-            raise where.error(None, key, f"unknown key {key!r}{_closest(key, known)}")
-    full: list[Stage] = []
-    for i, (kind, stage) in enumerate(zip(kinds, stages, strict=True)):
-        inherited = {key: value for key, value in shared.items() if key in kind.model_fields and key not in own}
-        try:
-            full.append(_STAGE.validate_python(inherited | stage))
-        except ValidationError as error:
-            raise where.fault(i, error, kind) from error
-    try:
-        return Chain(stages=tuple(full), folder=where.path.parent, **{key: shared[key] for key in shared if key in own})
-    except ValidationError as error:
-        raise where.fault(None, error, Chain) from error
-
-
-def _kind(stage: Mapping[str, Any], where: _Locator, index: int) -> type[_Named]:
-    do = stage.get("do")
-    if do not in _KINDS:
-        raise where.error(index, "do", f"do = {do!r} is not a stage; use one of {', '.join(_KINDS)}")
-    return _KINDS[do]
-
-
-def _everywhere(document: dict[str, Any], stages: list[dict[str, Any]], key: str, value: object) -> None:
-    """What is given from outside for the whole chain goes before what single stages say."""
-    document[key] = value
-    for stage in stages:
-        stage.pop(key, None)
-
-
-def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: str) -> None:
-    key, equals, raw = override.partition("=")
-    if not equals or not key.strip():
-        raise BadChain(f"--set {override!r} is not of the form key=value or stage.key=value.")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    first, dot, rest = key.strip().partition(".")
-    if not dot:
-        return _everywhere(document, stages, first, value)
-    names = stage_names(stages)
-    shared = any(first in kind.model_fields for kind in _KINDS.values())
-    if first not in names and not shared:
-        raise BadChain(f"--set {override!r} names no stage of this chain; its stages are {', '.join(names)}.")
-    # A table such as scheduler may be reached into in all stages at once.
-    tables = [stages[names.index(first)]] if first in names else [document.setdefault(first, {})]
-    tables += [stage[first] for stage in stages if first not in names and first in stage]
-    *parents, last = rest.split(".")
-    for table in tables:
-        for parent in parents:
-            table = table.setdefault(parent, {}) if isinstance(table, dict) else table
-        if not isinstance(table, dict):
-            raise BadChain(f"--set {override!r} reaches into {first}, which is a single value.")
-        table[last] = value
-
-
-def _find(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    packaged = packaged_chains()
-    if str(source) in packaged:
-        return packaged[str(source)]
-    near = _closest(str(source), set(packaged))
-    raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}{near}.")
-
-
-def _closest(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-class _Locator:
-    """Names the line of a chain file that a fault lies in."""
-
-    def __init__(self, path: Path, text: str, given: set[str]) -> None:
-        self.path, self.lines, self.given = path, text.splitlines(), given
-
-    def fault(self, stage: int | None, error: ValidationError, kind: type[BaseModel]) -> BadChain:
-        """The first of pydantic's complaints as one sentence."""
-        first = error.errors()[0]
-        names = [str(part) for part in first["loc"] if str(part) not in _KINDS]
-        key = names[0] if names else ""
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key {names[-1]!r}{_closest(names[-1], set(kind.model_fields))}"
-        elif first["type"] == "missing":
-            message = f"the key {key!r} is needed"
-        elif first["type"] == "value_error":
-            message = str(first["ctx"]["error"])
-        else:
-            reason = first["msg"][0].lower() + first["msg"][1:]
-            reason = reason.replace("valid tuple", 'list, e.g. ["jpg"]')
-            message = f"{'.'.join(names)} = {first['input']!r} is not allowed: {reason}"
-        return self.error(stage, key, message)
-
-    def error(self, stage: int | None, key: str, message: str) -> BadChain:
-        """``message`` with the line of ``key`` in a stage or above the first; not if it was given from outside."""
-        if key in self.given:
-            return BadChain(f"Given for {self.path.name}: {message}.")
-        heads = [i for i, line in enumerate(self.lines) if re.match(r"\s*\[\[\s*stage\s*\]\]", line)]
-        start, end = (0, heads[0] if heads else len(self.lines))
-        if stage is not None and stage < len(heads):
-            start, end = heads[stage], [*heads, len(self.lines)][stage + 1]
-        for area in (range(start, end), range(heads[0] if heads else 0)):
-            for i in area:
-                if re.match(rf"\s*\[?\s*[\"']?{re.escape(key)}[\"']?\s*[=.\]]", self.lines[i]) and key:
-                    return BadChain(f"{self.path}, line {i + 1}: {message}.")
-        line = f", line {start + 1}" if stage is not None and heads else ""
-        return BadChain(f"{self.path}{line}: {message}.")

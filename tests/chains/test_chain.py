@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from unrolled.chains.chain import Chain, Cut, ImageToImage, Resize, TextToImage, packaged_chains, read_chain
+from unrolled.chains.chain import Chain, Cut, ImageToImage, Resize, TextToImage
+from unrolled.chains.read import packaged_chains, read_chain
 from unrolled.core.errors import BadChain
 
 CHAIN = """\

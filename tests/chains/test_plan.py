@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from unrolled.chains.chain import Chain, read_chain
+from unrolled.chains.chain import Chain
 from unrolled.chains.plan import plan
+from unrolled.chains.read import read_chain
 from unrolled.core.errors import BadChain, BadModel
 from unrolled.core.loading import Shelf
 
