@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import random
 from functools import lru_cache
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -20,9 +19,8 @@ from transformers import CLIPTextModel
 from . import networks, words, world
 from .denoising import Denoising, hole
 from .pictures import latents, pixels
-from .training import Losses, Report, Training
+from .training import Losses, Recipe, Recipes, Report, Training, command
 
-HERE: Final = Path(__file__).parent
 HOLES: Final = 16
 
 
@@ -182,34 +180,13 @@ def train_inpainting(args: argparse.Namespace) -> None:
     training.run(losses, publish)
 
 
-def main() -> None:
-    """`python -P -m unrolled.miniatures.train vae --data DATA --work WORK`, and so on."""
-    recipes = {
-        "vae": (train_vae, "sd-1.5", 16, 1.5e-3, 1900),
-        "text-to-image": (train_text_to_image, "sd-1.5", 32, 1e-3, 4300),
-        "decoder": (train_decoder, "sd-1.5", 16, 5e-4, 400),
-        "inpainting": (train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 700),
-    }
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=recipes)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the two npm packages, unpacked")
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument("--models", type=Path, default=HERE, help="folder for the finished miniatures")
-    parser.add_argument("--steps", type=int, help="how many steps in all")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    recipe, name, batch, rate, steps = recipes[args.what]
-    args.batch, args.lr, args.steps = args.batch or batch, args.lr or rate, args.steps or steps
-    args.out, args.text_to_image = args.models / name, args.models / "sd-1.5"
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    recipe(args)
+RECIPES: Final[Recipes] = {
+    "vae": Recipe(train_vae, "sd-1.5", 16, 1.5e-3, 1900),
+    "text-to-image": Recipe(train_text_to_image, "sd-1.5", 32, 1e-3, 4300),
+    "decoder": Recipe(train_decoder, "sd-1.5", 16, 5e-4, 400),
+    "inpainting": Recipe(train_inpainting, "sd-1.5-inpainting", 32, 5e-4, 700),
+}
 
 
 if __name__ == "__main__":
-    main()
+    command(RECIPES, __doc__)

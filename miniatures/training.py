@@ -9,14 +9,53 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+HERE: Final = Path(__file__).parent
+
 Losses = dict[str, Tensor]
 Report = dict[str, object]
+
+
+class Recipe(NamedTuple):
+    """One training: what runs it, the miniature it makes, and its batch, learning rate and steps."""
+
+    train: Callable[[argparse.Namespace], None]
+    folder: str
+    batch: int
+    lr: float
+    steps: int
+
+
+Recipes = Mapping[str, Recipe]
+
+
+def command(recipes: Recipes, about: str | None) -> None:
+    """`python -P -m unrolled.miniatures.train vae --data DATA --work WORK`, and so on."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("what", choices=recipes)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the npm packages, unpacked")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--models", type=Path, default=HERE, help="folder for the finished miniatures")
+    parser.add_argument("--steps", type=int, help="how many steps in all")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    recipe = recipes[args.what]
+    args.batch, args.lr, args.steps = args.batch or recipe.batch, args.lr or recipe.lr, args.steps or recipe.steps
+    args.out, args.text_to_image = args.models / recipe.folder, args.models / "sd-1.5"
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    recipe.train(args)
 
 
 class Training:
