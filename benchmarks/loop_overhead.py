@@ -29,8 +29,9 @@ from rich.table import Table
 from unrolled.chains.chain import TextToImage
 from unrolled.chains.jobs import text_to_image
 from unrolled.chains.record import versions
-from unrolled.core.loading import MINIATURES, load
+from unrolled.core.loading import load
 from unrolled.core.noise import DiffusersNoise
+from unrolled.core.source import MINIATURES
 from unrolled.miniatures.tiny import write_tiny
 from unrolled.stages.decode import decode
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..core.checkpoint import encoder_fingerprint, weight_files
 from ..core.errors import BadChain, BadInput, BadModel, Note, UnrolledError
 from ..core.latents import Latents, LatentSpace
-from ..core.loading import Shelf, Source, check_classes
+from ..core.loading import Shelf
 from ..core.loop import denoise
 from ..core.prediction import Prediction
 from ..core.schedule import Schedule
 from ..core.solver import Solver
+from ..core.source import Source, check_classes
 from ..stages.pictures import read_mask, read_picture, require_size
 from .chain import Chain, Denoising, ImageToImage, Inpaint, Resize, Sharpen, Stage, TextToImage
 from .jobs import Run, guidance_scale, plan_run

@@ -21,12 +21,18 @@ from .errors import BadModel
 
 COMPONENTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder": ("CLIPTextModel",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+    "prior": ("PriorTransformer",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
+    "movq": ("VQModel",),
 }
-"""The components of the Stable Diffusion family and the classes each may be."""
+"""The components of all systems, and the classes each may be."""
 
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 256, 65536
 
@@ -95,7 +101,7 @@ def component_files(folder: Path, name: str, variant: str | None = None) -> list
     Raises:
         BadModel: one is missing or damaged.
     """
-    if name == "tokenizer":
+    if name in TOKENIZERS:
         return sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt"))
     files = weight_files(folder, variant)
     read_json(folder / "config.json")
@@ -139,12 +145,12 @@ def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | N
     Raises:
         BadModel: wrong class, damaged or missing files, or a config that does not fit the weights.
     """
-    if name == "tokenizer":
+    if name in TOKENIZERS:
         return _read_tokenizer(folder)
     import diffusers
     import transformers
 
-    library: Any = transformers if name == "text_encoder" else diffusers
+    library: Any = transformers if name.endswith(("encoder", "encoder_2")) else diffusers
     weight_files(folder, variant)
     config = read_json(folder / "config.json")
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")

@@ -17,6 +17,7 @@ class Conditioning:
 
     Args:
         context: (batch, tokens, width), for cross attention.
+        context_mask: (batch, tokens), true where a token is one of the prompt's, for networks that look.
         pooled: (batch, width), one vector for the whole prompt.
         time_ids: (batch, n), sizes, crops or scores that are embedded like timesteps.
         image_embeds: (batch, width), from an image encoder or a prior.
@@ -26,6 +27,7 @@ class Conditioning:
     """
 
     context: Tensor | None = None
+    context_mask: Tensor | None = None
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     image_embeds: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,38 +35,143 @@ class ConditionalDenoiser(Protocol):
 class UNetDenoiser:
     """A diffusers ``UNet2DConditionModel`` as a conditional denoiser.
 
-    ``x`` may be of any dtype (float32 in the loop); the UNet runs in its own.
+    ``x`` may be of any dtype (float32 in the loop); the UNet runs in its own. A UNet with twice as many
+    output channels as latents learned the variance too (``Prediction.variance``).
+
+    Args:
+        scale_input: ``False`` hands ``x`` on as it is, the fault of diffusers' Kandinsky pipelines with
+            schedulers whose latents do not keep unit variance (docs/departures.md).
     """
 
     unet: Any
     kind: Kind = "epsilon"
+    scale_input: bool = True
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The UNet's precision; kept, because diffusers walks over all parameters to tell it (1 ms a step)."""
         return self.unet.dtype  # type: ignore[no-any-return]
 
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """What this UNet is conditioned by beside further channels; all of it is needed."""
+        config = self.unet.config
+        kinds = {"text_time": {"context", "pooled", "time_ids"}, "image": {"image_embeds"}}
+        labels = {"class_labels"} if config.class_embed_type or config.num_class_embeds else set()
+        return frozenset(kinds.get(config.addition_embed_type, {"context"}) | labels)
+
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """Scale the input to unit variance, call the UNet, and say what its output means.
 
         Raises:
             BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's, or the
-                conditioning holds what this UNet cannot take.
+                conditioning holds what this UNet cannot take or lacks what it needs.
         """
-        unet = self.unet
-        if unused := conditioning.names() - {"context", "channels"}:
-            raise BadInput(f"This UNet is conditioned by context and channels, it cannot take {', '.join(sorted(unused))}.")
+        require_conditioning(conditioning, self.takes)
+        conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
+        scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5 if self.scale_input else 1.0)).to(self.dtype)
+        scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
+        added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
+        out = self.unet(
+            scaled,
+            timestep,
+            encoder_hidden_states=conditioning.context,
+            class_labels=conditioning.class_labels,
+            added_cond_kwargs={theirs: getattr(conditioning, ours) for theirs, ours in added.items()},
+            return_dict=False,
+        )[0].to(x.dtype)
+        if out.shape[1] == 2 * x.shape[1]:
+            out, variance = out.chunk(2, dim=1)
+            return Prediction(out, x, sigma, self.kind, variance=variance)
+        return Prediction(out, x, sigma, self.kind)
+
+
+@dataclass(frozen=True)
+class UpscalerDenoiser:
+    """The UNet of Stability's x2 latent upscaler, which is told ``ln(sigma) / 4`` instead of a timestep.
+
+    Its preconditioning (Karras et al., arXiv:2206.00364, table 1, with unit data variance) is v
+    prediction with the sign turned; its last output channel is not used. ``conditioning`` holds the
+    context, the pooled prompt and, as ``channels``, the latents to enlarge.
+    """
+
+    unet: Any
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The UNet's precision."""
+        return self.unet.dtype  # type: ignore[no-any-return]
+
+    def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
+        """As for :class:`UNetDenoiser`; the timestep is not looked at."""
+        require_conditioning(conditioning, frozenset({"context", "pooled"}))
         conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
         scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.dtype)
-        if conditioning.channels is not None:
-            scaled = torch.cat([scaled, conditioning.channels], dim=1)
-        if scaled.shape[1] != unet.config.in_channels:
-            raise BadInput(
-                f"This UNet takes {unet.config.in_channels} channels but was given {scaled.shape[1]}: "
-                "9 is an inpainting UNet (prepare it with inpaint_channels), 4 a plain one."
-            )
-        out = unet(scaled, timestep, encoder_hidden_states=conditioning.context, return_dict=False)[0]
-        return Prediction(out.to(x.dtype), x, sigma, self.kind)
+        scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
+        pooled = conditioning.pooled
+        assert pooled is not None
+        # The noise level of the latents to enlarge, 0, as a Fourier feature: 64 cosines, 64 sines.
+        level = torch.cat([torch.ones_like(pooled[:, :1]).expand(-1, 64), torch.zeros_like(pooled[:, :1]).expand(-1, 64)], 1)
+        out = self.unet(
+            scaled,
+            torch.tensor(0.25 * math.log(sigma), device=x.device),
+            encoder_hidden_states=conditioning.context,
+            timestep_cond=torch.cat([level, pooled], 1),
+            return_dict=False,
+        )[0]
+        return Prediction(-out[:, :-1].to(x.dtype), x, sigma, "v")
+
+
+@dataclass(frozen=True)
+class PriorDenoiser:
+    """Kandinsky's ``PriorTransformer``: it denoises an image embedding, held as latents of one pixel.
+
+    ``conditioning`` holds the prompt's context with its mask, and the pooled prompt.
+    """
+
+    prior: Any
+    kind: Kind = "x0"
+
+    def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
+        """The prediction at ``x`` of shape (batch, width, 1, 1)."""
+        require_conditioning(conditioning, frozenset({"context", "context_mask", "pooled"}))
+        conditioning = conditioning.expand(len(x)).to(x.device, self.prior.dtype)
+        scaled = (x.flatten(1) * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.prior.dtype)
+        out = self.prior(
+            scaled,
+            timestep,
+            proj_embedding=conditioning.pooled,
+            encoder_hidden_states=conditioning.context,
+            attention_mask=conditioning.context_mask,
+            return_dict=False,
+        )[0]
+        return Prediction(out.to(x.dtype).view_as(x), x, sigma, self.kind)
+
+
+def require_conditioning(conditioning: Conditioning, takes: frozenset[str]) -> None:
+    """Raise BadInput unless the conditioning holds just what a network takes; channels are counted elsewhere."""
+    held = conditioning.names() - {"channels"}
+    if held == takes:
+        return
+    wanted = " and ".join(sorted(takes))
+    if unused := sorted(held - takes):
+        raise BadInput(f"This network is conditioned by {wanted}, it cannot take {', '.join(unused)}.")
+    raise BadInput(
+        f"This network is conditioned by {wanted}, but {', '.join(sorted(takes - held))} is missing: "
+        "encode_text gives context and pooled, with_size time_ids, the prior image_embeds."
+    )
+
+
+def with_channels_of(conditioning: Conditioning, scaled: Tensor, in_channels: int) -> Tensor:
+    """``scaled`` with the conditioning's channels behind it; BadInput unless they are as many as the UNet takes."""
+    if conditioning.channels is not None:
+        scaled = torch.cat([scaled, conditioning.channels], dim=1)
+    if scaled.shape[1] != in_channels:
+        raise BadInput(
+            f"This UNet takes {in_channels} channels but was given {scaled.shape[1]}: beside the latents an "
+            "inpainting UNet takes 5 (inpaint_channels), the x2 upscaler 4 and the x4 upscaler 3 (upscale_channels)."
+        )
+    return scaled
 
 
 def conditioned(network: ConditionalDenoiser, cond: Conditioning) -> Denoiser:

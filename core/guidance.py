@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,26 +41,25 @@ def classifier_free(
         raise BadInput(f"Guidance rescale goes from 0 (off) to 1, got {rescale:g}.")
     together = stack([uncond, cond]) if batched and len(cond) == len(uncond) and cond.stackable(uncond) else None
 
-    def both(x: Tensor, sigma: float, timestep: float) -> tuple[Tensor, Tensor, Prediction]:
-        if batched and cond.stackable(uncond):
-            n = len(x)
-            pair = together if together is not None and len(together) == 2 * n else stack([uncond.expand(n), cond.expand(n)])
-            prediction = network(torch.cat([x, x]), sigma, timestep, pair)
-            without, with_ = prediction.out.chunk(2)
-            return without, with_, prediction
-        without = network(x, sigma, timestep, uncond).out
-        prediction = network(x, sigma, timestep, cond)
-        return without, prediction.out, prediction
+    def both(x: Tensor, sigma: float, timestep: float) -> tuple[Tensor, Prediction]:
+        if not (batched and cond.stackable(uncond)):
+            return network(x, sigma, timestep, uncond).out, network(x, sigma, timestep, cond)
+        n = len(x)
+        pair = together if together is not None and len(together) == 2 * n else stack([uncond.expand(n), cond.expand(n)])
+        prediction = network(torch.cat([x, x]), sigma, timestep, pair)
+        without, with_ = prediction.out.chunk(2)
+        variance = prediction.variance[n:] if prediction.variance is not None else None
+        return without, Prediction(with_, x, sigma, prediction.kind, variance=variance)
 
     def denoise(x: Tensor, sigma: float, timestep: float) -> Prediction:
         scale = guidance_scale(sigma) if callable(guidance_scale) else guidance_scale
         if scale <= 1.0:
             return network(x, sigma, timestep, cond)
-        without, with_, prediction = both(x, sigma, timestep)
-        out = torch.add(without, with_ - without, alpha=scale)
+        without, prediction = both(x, sigma, timestep)
+        out = torch.add(without, prediction.out - without, alpha=scale)
         if rescale:
-            out = rescaled(out, with_, rescale)
-        return Prediction(out, x, sigma, prediction.kind, with_, without)
+            out = rescaled(out, prediction.out, rescale)
+        return replace(prediction, out=out, cond=prediction.out, uncond=without)
 
     return denoise
 

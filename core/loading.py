@@ -1,45 +1,33 @@
-"""Finds models and hands out their components, each loaded once."""
+"""Hands out the components of models, each loaded once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..schedulers.config import read_scheduler
-from .catalog import CATALOG, MOVED, Entry
-from .checkpoint import (
-    COMPONENTS,
-    component_files,
-    encoder_fingerprint,
-    fingerprint,
-    read_component,
-    read_json,
-    weight_files,
-)
-from .denoiser import UNetDenoiser
+from .checkpoint import TOKENIZERS, component_files, encoder_fingerprint, fingerprint, read_component, weight_files
+from .denoiser import ConditionalDenoiser, UNetDenoiser, UpscalerDenoiser
 from .errors import BadInput, BadModel
 from .latents import LatentSpace
 from .schedule import Schedule
 from .solver import Solver
-
-MINIATURES = Path(__file__).parent.parent / "miniatures"
+from .source import Source, System, cell, check_classes, find, system_of
 
 
 @dataclass(frozen=True, repr=False)
 class Model:
     """The components of one checkpoint, wired to nothing: the stages do that.
 
-    ``scheduler`` holds the raw options of ``scheduler_config.json``; ``fingerprints`` tell which
-    weights these are.
+    ``scheduler`` and ``low_res_scheduler`` hold the raw options of the scheduler files, ``index`` those of
+    ``model_index.json``; ``fingerprints`` tell which weights these are. ``vae`` is the MoVQ of Kandinsky.
     """
 
     name: str
-    tokenizer: Any
-    text_encoder: Any
     unet: Any
     vae: Any
     scheduler: Mapping[str, Any]
@@ -47,14 +35,27 @@ class Model:
     fingerprints: Mapping[str, str]
     device: torch.device
     dtype: torch.dtype
+    tokenizer: Any = None
+    text_encoder: Any = None
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
+    low_res_scheduler: Mapping[str, Any] = field(default_factory=dict)
+    index: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Model({self.name}, {self.device} {dtype}, space=[{self.space}], {self.native_size} px)"
 
     @property
-    def denoiser(self) -> UNetDenoiser:
+    def system(self) -> System:
+        """Which wiring it needs."""
+        return system_of(self.unet.config)
+
+    @property
+    def denoiser(self) -> ConditionalDenoiser:
         """The UNet as a conditional denoiser."""
+        if self.system == "x2":
+            return UpscalerDenoiser(self.unet)
         return UNetDenoiser(self.unet, read_scheduler(self.scheduler).kind)
 
     @property
@@ -63,9 +64,19 @@ class Model:
         return int(self.unet.config.sample_size) * self.space.downscale
 
     @property
+    def cell(self) -> int:
+        """What the sides of its pictures must be multiples of."""
+        return cell(self.system, self.space.downscale)
+
+    @property
     def inpaints(self) -> bool:
         """Whether the UNet takes a mask and a masked picture beside the latents (9 channels)."""
         return bool(self.unet.config.in_channels == 2 * self.space.channels + 1)
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is conditioned by an aesthetic score, as SDXL's refiner."""
+        return bool(self.index.get("requires_aesthetics_score", False))
 
     def schedule(self, steps: int, solver: str | None = None, **options: object) -> Schedule:
         """The checkpoint's own noise levels, or those of another diffusers scheduler.
@@ -89,23 +100,38 @@ class Model:
         return read_scheduler(self.scheduler, solver, **options).solver(steps, eta=eta, faithful=faithful)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the components of one model lie on this disk."""
+@dataclass(frozen=True, repr=False)
+class Prior:
+    """Kandinsky's prior: from a prompt, or a picture, to the image embedding that its decoders take.
+
+    ``image_processor`` holds the raw options of ``preprocessor_config.json``.
+    """
 
     name: str
-    folders: Mapping[str, Path]
+    prior: Any
+    tokenizer: Any
+    text_encoder: Any
+    image_encoder: Any
+    image_processor: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Prior({self.name}, {self.device} {dtype}, embeddings of {self.prior.config.embedding_dim})"
 
     @property
-    def scheduler(self) -> dict[str, Any]:
-        """The raw options of its ``scheduler_config.json``."""
-        return read_json(self.folders["scheduler"] / "scheduler_config.json")
+    def system(self) -> System:
+        """Which wiring it needs."""
+        return "prior"
 
-    def sizes(self) -> tuple[int, int]:
-        """Native side in pixels and downscale, read from the configs alone."""
-        vae = read_json(self.folders["vae"] / "config.json")
-        downscale = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-        return int(read_json(self.folders["unet"] / "config.json").get("sample_size", 64)) * downscale, downscale
+    @property
+    def space(self) -> LatentSpace:
+        """Where its embeddings live, seen as latents of one pixel."""
+        width = self.prior.config.embedding_dim
+        return LatentSpace("CLIP image embedding", width, 1, 1.0, self.fingerprints["image_encoder"])
 
 
 class Shelf:
@@ -129,53 +155,81 @@ class Shelf:
         self.models, self.variant, self.revision = models, variant, revision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
-        self._models: dict[str, Model] = {}
         self._components: dict[tuple[str, str], Any] = {}
 
-    def load(self, name: str) -> Model:
+    def find(self, name: str, components: Mapping[str, str] | None = None, *, weights: bool = True) -> Source:
+        """Where a model's components lie, some of them those of other models; see :func:`find`."""
+        source = find(name, self.models, self.variant, self.revision, weights=weights)
+        check_classes(source)
+        others = {part: self.find(other, weights=weights) for part, other in (components or {}).items()}
+        return source.borrowing(
+            {("movq" if part == "vae" and "movq" in source.parts else part): other for part, other in others.items()}
+        )
+
+    def load(self, name: str, components: Mapping[str, str] | None = None) -> Model:
         """A model by short name, folder or hub id.
+
+        Args:
+            components: whose component to use in place of the model's own: ``{"vae": "sd-1.5"}``.
 
         Raises:
             BadModel: it cannot be found, is damaged, of another class or not safe to read.
         """
-        if name not in self._models:
-            self._models[name] = self._load(name)
-        return self._models[name]
-
-    def find(self, name: str, *, weights: bool = True) -> Source:
-        """Where the model's components lie; see :func:`find`."""
-        return find(name, self.models, self.variant, self.revision, weights=weights)
-
-    def _load(self, name: str) -> Model:
-        source = self.find(name)
-        check_classes(source)
+        source = self.find(name, components)
+        if source.system == "prior":
+            raise BadModel(f"{name} is a prior, which makes no picture: a Kandinsky decoder takes it as its prior.")
         read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
-        parts, digests = {}, {}
-        for component in COMPONENTS:
-            parts[component], digests[component] = self._component(source.folders[component], component)
-        config = parts["vae"].config
-        space = LatentSpace(
-            family=type(parts["vae"]).__name__,
-            channels=config.latent_channels,
-            downscale=2 ** (len(config.block_out_channels) - 1),
-            scaling=config.scaling_factor,
-            fingerprint=encoder_fingerprint(weight_files(source.folders["vae"], self.variant)),
-        )
+        parts, digests = self._parts(source)
+        vae = parts.pop(source.vae)
         return Model(
             name,
+            vae=vae,
             **parts,
             scheduler=source.scheduler,
-            space=space,
+            low_res_scheduler=source.low_res_scheduler,
+            index=source.index,
+            space=self._space(source, vae),
             fingerprints=digests,
             device=self.device,
             dtype=self.dtype,
+        )
+
+    def load_prior(self, name: str = "kandinsky-2.2-prior") -> Prior:
+        """Kandinsky's prior by short name, folder or hub id; raises as :meth:`load`."""
+        source = self.find(name)
+        if source.system != "prior":
+            raise BadModel(f"{name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
+        parts, digests = self._parts(source)
+        return Prior(
+            name,
+            **parts,
+            image_processor=source.image_processor,
+            scheduler=source.scheduler,
+            fingerprints=digests,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _parts(self, source: Source) -> tuple[dict[str, Any], dict[str, str]]:
+        parts, digests = dict[str, Any](), dict[str, str]()
+        for name in source.parts:
+            parts[name], digests[name] = self._component(source.folders[name], name)
+        return parts, digests
+
+    def _space(self, source: Source, vae: Any) -> LatentSpace:
+        return LatentSpace(
+            family=type(vae).__name__,
+            channels=vae.config.latent_channels,
+            downscale=2 ** (len(vae.config.block_out_channels) - 1),
+            scaling=1.0 if source.vae == "movq" else vae.config.scaling_factor,
+            fingerprint=encoder_fingerprint(weight_files(source.folders[source.vae], self.variant)),
         )
 
     def _component(self, folder: Path, name: str) -> tuple[Any, str]:
         digest = fingerprint(component_files(folder, name, self.variant))
         if (name, digest) not in self._components:
             component = read_component(folder, name, self.dtype, self.variant)
-            self._components[name, digest] = component if name == "tokenizer" else component.to(self.device)
+            self._components[name, digest] = component if name in TOKENIZERS else component.to(self.device)
         return self._components[name, digest], digest
 
 
@@ -191,84 +245,16 @@ def load(
     return Shelf(models, device, dtype, variant, revision).load(name)
 
 
-def find(
-    name: str,
+def load_prior(
+    name: str = "kandinsky-2.2-prior",
     models: str = "miniature",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
-    *,
-    weights: bool = True,
-) -> Source:
-    """Where a model's components lie: short name, then folder, then hub id.
-
-    Args:
-        weights: False fetches only the configs from the hub.
-
-    Raises:
-        BadModel: nothing of that name can be found.
-    """
-    entry = CATALOG.get(name)
-    if entry and models == "miniature":
-        return _miniature(name, entry)
-    if models not in ("miniature", "hub"):
-        hub = entry.hub if entry else MOVED.get(name, name)
-        places = [Path(models) / name, Path(models) / hub, *([Path(models)] if entry else [])]
-        if held := [folder for folder in places if _is_model(folder)]:
-            return _folder(name, held[0])
-        if entry:
-            raise BadModel(f"{models} holds no model folder {name} or {hub}: put one there or use --models miniature.")
-    if entry:
-        return _folder(name, _download(entry.hub, variant, revision, weights))
-    if Path(name).is_dir():
-        return _folder(name, Path(name))
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        if models != "hub":
-            raise BadModel(f'There is no folder {name} here; if it is a hub id, say so with --models hub (models="hub").')
-        return _folder(name, _download(MOVED.get(name, name), variant, revision, weights))
-    raise BadModel(f"There is no model {name!r}: use a folder, a hub id, or one of {', '.join(CATALOG)}.")
-
-
-def check_classes(source: Source) -> None:
-    """Raise BadModel if the folder's ``model_index.json`` names a class that is not on the allow-list."""
-    index = source.folders["index"] / "model_index.json"
-    if not index.is_file():
-        return
-    for component, entry in read_json(index).items():
-        if component in COMPONENTS and isinstance(entry, list) and entry[-1] not in COMPONENTS[component]:
-            allowed = " or ".join(COMPONENTS[component])
-            raise BadModel(f"{index} wants {component} to be a {entry[-1]}, but only {allowed} is allowed there.")
-
-
-def _miniature(name: str, entry: Entry) -> Source:
-    source = _folder(name, MINIATURES / entry.miniature)
-    borrowed = {component: MINIATURES / other / component for component, other in entry.borrows.items()}
-    return replace(source, folders={**source.folders, **borrowed})
-
-
-def _folder(name: str, folder: Path) -> Source:
-    return Source(name, {part: folder / part for part in (*COMPONENTS, "scheduler")} | {"index": folder})
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() or (folder / "unet").is_dir()
-
-
-def _download(repository: str, variant: str | None, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["model_index.json", *(f"{part}/*.{end}" for part in (*COMPONENTS, "scheduler") for end in ("json", "txt"))]
-    if weights:
-        wanted += [f"{part}/*.{variant}*safetensors" if variant else f"{part}/*.safetensors" for part in COMPONENTS]
-    skipped = None if variant else ["*.fp16.*", "*.fp16-*", "*.non_ema.*"]
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=skipped))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadModel(
-            f"{repository} could not be fetched from the hub ({reason}): check the name and the network, "
-            "or give a folder with --models FOLDER."
-        ) from error
+) -> Prior:
+    """Kandinsky's prior; arguments as for :class:`Shelf`."""
+    return Shelf(models, device, dtype, variant, revision).load_prior(name)
 
 
 def require_known_device(device: str) -> None:

@@ -18,8 +18,9 @@ class Prediction:
 
     ``out`` is the output after guidance, of the given ``kind``; ``cond`` and ``uncond`` are the two it
     was made of, where there were two, as the network gave them. ``kept_eps`` holds a noise estimate
-    that is not the one ``out`` implies. Guidance is linear in ``out``, so that it is the same thing done on x0 or on the
-    noise. To change a prediction use ``dataclasses.replace(prediction, out=...)`` or :meth:`with_x0`.
+    that is not the one ``out`` implies, ``variance`` what a network that learned it says of the variance of an
+    ancestral step, about -1 to 1. Guidance is linear in ``out``, so that it is the same thing done on x0 or on
+    the noise. To change a prediction use ``dataclasses.replace(prediction, out=...)`` or :meth:`with_x0`.
     """
 
     out: Tensor
@@ -29,6 +30,7 @@ class Prediction:
     cond: Tensor | None = None
     uncond: Tensor | None = None
     kept_eps: Tensor | None = None
+    variance: Tensor | None = None
 
     @classmethod
     def from_x0(cls, x0: Tensor, x: Tensor, sigma: float) -> Prediction:
@@ -66,4 +68,4 @@ class Prediction:
         not the direction); else the noise follows from ``x`` and the new x0.
         """
         eps = self.eps if keep_eps else None
-        return Prediction(x0, self.x, self.sigma, "x0", self.cond, self.uncond, eps)
+        return Prediction(x0, self.x, self.sigma, "x0", self.cond, self.uncond, eps, self.variance)

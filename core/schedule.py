@@ -124,6 +124,23 @@ class Schedule:
         cutoff = round(total - value * total)
         return sum(t >= cutoff for t in self.timesteps)
 
+    def starting_at(self, sigma: float) -> Schedule:
+        """What is left of the run below a noise level, which need not be one of its own.
+
+        A level within 1e-4 of ``sigma`` is taken to be it; else ``sigma`` joins the levels below it.
+
+        Raises:
+            BadInput: ``sigma`` is not above the last level.
+        """
+        if not sigma > self.sigmas[-1]:
+            raise BadInput(f"Nothing is left of {self} below sigma {sigma:.4g}.")
+        same = (i for i, level in enumerate(self.sigmas[:-1]) if abs(level - sigma) <= 1e-4 * sigma)
+        if (index := next(same, None)) is not None:
+            return self[index:]
+        below = self[sum(level > sigma for level in self.sigmas[:-1]) :]
+        timesteps = (timestep_of(sigma, self.training_sigmas), *below.timesteps)
+        return replace(below, sigmas=(sigma, *below.sigmas), timesteps=timesteps, start_std=None)
+
     @property
     def finished_at(self) -> float:
         """Where latents are finished: at the whole run's last level, unless that is above the lowest training noise."""

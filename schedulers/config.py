@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..core.errors import BadInput, BadModel
-from . import classes
+from . import classes, sigma_classes
 from .classes import SchedulerConfig
 
 SOLVERS: dict[str, type[SchedulerConfig]] = {
@@ -16,11 +16,12 @@ SOLVERS: dict[str, type[SchedulerConfig]] = {
     for kind in (
         classes.DDIMConfig,
         classes.DDPMConfig,
-        classes.DPMSolverMultistepConfig,
-        classes.EulerAncestralDiscreteConfig,
-        classes.EulerDiscreteConfig,
-        classes.HeunDiscreteConfig,
+        sigma_classes.DPMSolverMultistepConfig,
+        sigma_classes.EulerAncestralDiscreteConfig,
+        sigma_classes.EulerDiscreteConfig,
+        sigma_classes.HeunDiscreteConfig,
         classes.PNDMConfig,
+        classes.UnCLIPConfig,
     )
 }
 """Solver names of chain files, and the diffusers class each takes its conventions from."""

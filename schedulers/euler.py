@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
+from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History
 
 
@@ -23,11 +26,12 @@ class Euler:
     - between them DDIM's eta (eq. 16 there).
 
     Args:
-        variance: DDPM's choice of posterior variance, "small" (beta-tilde) or "large" (beta).
+        variance: DDPM's choice of posterior variance: "small" (beta-tilde), "large" (beta), or "learned",
+            as the network says between the two (Nichol & Dhariwal, arXiv:2102.09672, eq. 15).
     """
 
     eta: float = 0.0
-    variance: Literal["small", "large"] = "small"
+    variance: Literal["small", "large", "learned"] = "small"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
@@ -40,11 +44,23 @@ class Euler:
         prediction = denoise(x, sigma)
         if not self.eta or not sigma_next:
             return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
-        up = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
-        down = (sigma_next**2 - up**2) ** 0.5
+        small = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
+        down = (sigma_next**2 - small**2) ** 0.5
+        mean = prediction.x0.add(prediction.eps, alpha=down)
+        if self.variance == "small":
+            return mean.add_(noise(0), alpha=small), ()
+        large = self.eta * ((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)) ** 0.5
         if self.variance == "large":
-            up = self.eta * ((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)) ** 0.5
-        return prediction.x0.add(prediction.eps, alpha=down).add_(noise(0), alpha=up), ()
+            return mean.add_(noise(0), alpha=large), ()
+        return mean.addcmul_(noise(0), _between(small, large, prediction)), ()
+
+
+def _between(small: float, large: float, prediction: Prediction) -> Tensor:
+    """The standard deviation that a network gives by a number from -1 (small) to 1 (large)."""
+    if prediction.variance is None:
+        raise BadInput("This solver takes the variance from the network, but the network gives none: take another solver.")
+    share = (prediction.variance + 1) / 2
+    return torch.exp(share * math.log(large) + (1 - share) * math.log(small))
 
 
 DDIM = Euler
@@ -56,6 +72,6 @@ def EulerAncestral(eta: float = 1.0) -> Euler:  # noqa: N802
     return Euler(eta)
 
 
-def DDPM(variance: Literal["small", "large"] = "small") -> Euler:  # noqa: N802
+def DDPM(variance: Literal["small", "large", "learned"] = "small") -> Euler:  # noqa: N802
     """Ancestral sampling with DDPM's choice of variance."""
     return Euler(1.0, variance)

@@ -1,4 +1,4 @@
-"""Prompts to cross-attention context."""
+"""Prompts to what conditions the UNet: context, pooled prompt, mask."""
 
 from __future__ import annotations
 
@@ -7,73 +7,141 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core.conditioning import Conditioning
 from ..core.errors import BadInput, Note
-from ..core.loading import Model
+from ..core.loading import Model, Prior
+from ..core.source import System
+
+Prompts = str | Sequence[str] | None
 
 
-def encode_text(model: Model, prompts: str | Sequence[str], *, clip_skip: int = 0, chunks: bool = False) -> Conditioning:
-    """Encode prompts with the model's CLIP text encoder, padded to its 77 tokens.
+def encode_text(
+    model: Model | Prior, prompts: Prompts, *, prompts_2: Prompts = None, clip_skip: int = 0, chunks: bool = False
+) -> Conditioning:
+    """Encode prompts with the model's CLIP text encoders, padded to their 77 tokens.
+
+    What is made of them is the system's: the last layer's states (Stable Diffusion), the last but one of
+    one or two encoders side by side with the second's pooled prompt (SDXL), the last before its norm and
+    the pooled prompt (x2 upscaler), the last with pooled prompt and mask (Kandinsky's prior).
 
     Args:
-        prompts: one or several; a negative prompt is encoded like any other.
-        clip_skip: leave out that many of the encoder's last layers (0 to its number of layers - 1).
+        prompts: one or several; a negative prompt is encoded like any other. ``None`` is no prompt at all:
+            zeros for checkpoints trained so (``force_zeros_for_empty_prompt``), else the empty prompt.
+        prompts_2: what SDXL's second encoder is told, if not the same.
+        clip_skip: leave out that many of the encoder's last layers.
         chunks: encode what lies beyond 77 tokens in further chunks of 75 instead of dropping it;
             all prompts of one call get as many chunks as the longest needs.
 
     Returns:
-        context of shape (prompts, 77 * chunks, width).
+        context of shape (prompts, 77 * chunks, width), and what else the system takes.
 
     Raises:
-        BadInput: there is no prompt, or clip_skip is more than the encoder has layers.
+        BadInput: there is no prompt, clip_skip is more than the encoder has layers, or the model takes no text.
 
     Warns:
         Note: what was dropped, by its text.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise BadInput('Text encoding needs at least one prompt; the empty prompt is "".')
-    layers = model.text_encoder.config.num_hidden_layers
-    if not 0 <= clip_skip < layers:
-        raise BadInput(f"clip_skip goes from 0 to {layers - 1} with this text encoder, got {clip_skip}.")
-    bodies = [_ids(model.tokenizer, prompt) for prompt in prompts]
-    room = _length(model) - 2
-    if not chunks:
-        for prompt in prompts:
-            if dropped := dropped_text(model, prompt):
-                more = f"{room} tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
-                warnings.warn(more, Note, stacklevel=2)
-        bodies = [body[:room] for body in bodies]
-    count = max(1, *(-(-len(body) // room) for body in bodies))
-    pieces = [_encode(model, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(count)]
-    return Conditioning(context=torch.cat(pieces, dim=1))
+    encoders = _encoders(model)
+    first = [prompts or ""] if prompts is None or isinstance(prompts, str) else list(prompts)
+    second = first if prompts_2 is None else [prompts_2] if isinstance(prompts_2, str) else list(prompts_2)
+    if not first or len(first) != len(second):
+        raise BadInput('Text encoding needs at least one prompt, and as many for a second encoder; the empty prompt is "".')
+    told = [second if tokenizer is getattr(model, "tokenizer_2", None) else first for tokenizer, _ in encoders]
+    if second is not first and len(encoders) < 2:
+        raise BadInput(f"{model.name} has one text encoder: leave out the second prompt.")
+    pairs = list(zip(encoders, told, strict=True))
+    count = max(_chunks(pair, texts) for pair, texts in pairs) if chunks else 1
+    parts = [_encode(model.system, pair, texts, clip_skip, count) for pair, texts in pairs]
+    whole = Conditioning(
+        context=torch.cat([part.context for part in parts if part.context is not None], dim=-1),
+        context_mask=parts[-1].context_mask,
+        pooled=parts[-1].pooled,
+    )
+    if prompts is None and isinstance(model, Model) and model.system == "sdxl":
+        return zeroed(whole) if model.index.get("force_zeros_for_empty_prompt", True) else whole
+    return whole
 
 
-def dropped_text(model: Model, prompt: str) -> str:
+def zeroed(conditioning: Conditioning) -> Conditioning:
+    """Zeros in place of what was encoded, as SDXL's base was trained for no prompt."""
+    return Conditioning(**{name: torch.zeros_like(getattr(conditioning, name)) for name in conditioning.names()})
+
+
+def dropped_text(model: Model | Prior, prompt: str) -> str:
     """The part of a prompt that lies beyond the encoder's 77 tokens, as text; empty if all fits."""
-    body = _ids(model.tokenizer, prompt)
-    return str(model.tokenizer.decode(body[_length(model) - 2 :])).strip()
+    return _dropped(_encoders(model)[0], prompt)
 
 
-def _length(model: Model) -> int:
+Encoder = tuple[Any, Any]
+"""A tokenizer and the text encoder it is for."""
+
+
+def _encoders(model: Model | Prior) -> list[Encoder]:
+    pairs = [(model.tokenizer, model.text_encoder)]
+    if isinstance(model, Model):
+        pairs.append((model.tokenizer_2, model.text_encoder_2))
+    if held := [pair for pair in pairs if None not in pair]:
+        return held
+    raise BadInput(f"{model.name} takes no text: Kandinsky's decoders take image embeddings, which the prior makes of it.")
+
+
+def _chunks(encoder: Encoder, prompts: Sequence[str]) -> int:
+    room = _length(encoder) - 2
+    return max(1, *(-(-len(_ids(encoder[0], prompt)) // room) for prompt in prompts))
+
+
+def _encode(system: System, encoder: Encoder, prompts: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
+    """One encoder's part, of as many chunks as asked for; the pooled prompt is the first chunk's."""
+    kept = 1 if system == "sdxl" else 0
+    if not 0 <= clip_skip < (layers := encoder[1].config.num_hidden_layers - kept):
+        raise BadInput(f"clip_skip goes from 0 to {layers - 1} with this text encoder, got {clip_skip}.")
+    room = _length(encoder) - 2
+    bodies = [_ids(encoder[0], prompt) for prompt in prompts]
+    for prompt in prompts:
+        if chunks == 1 and (dropped := _dropped(encoder, prompt)):
+            more = f"{room} tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
+            warnings.warn(more, Note, stacklevel=3)
+    pieces = [
+        _states(system, encoder, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(chunks)
+    ]
+    masks = [piece.context_mask for piece in pieces if piece.context_mask is not None]
+    return Conditioning(
+        context=torch.cat([piece.context for piece in pieces if piece.context is not None], dim=1),
+        context_mask=torch.cat(masks, dim=1) if masks else None,
+        pooled=pieces[0].pooled,
+    )
+
+
+def _states(system: System, encoder: Encoder, bodies: list[list[int]], clip_skip: int) -> Conditioning:
+    """What the system takes of one encoder's answer to 75 tokens a prompt."""
+    (tokenizer, network), length = encoder, _length(encoder)
+    rows = [[tokenizer.bos_token_id, *body, tokenizer.eos_token_id] for body in bodies]
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=network.device)
+    with torch.no_grad():
+        answer = network(ids, output_hidden_states=True, return_dict=True)
+        if system == "sdxl":
+            return Conditioning(context=answer.hidden_states[-2 - clip_skip], pooled=answer.get("text_embeds"))
+        if system == "x2":
+            return Conditioning(context=answer.hidden_states[-1 - clip_skip], pooled=answer.pooler_output)
+        if system == "prior":
+            mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows], device=network.device)
+            return Conditioning(context=answer.last_hidden_state, context_mask=mask, pooled=answer.text_embeds)
+        if not clip_skip:
+            return Conditioning(context=answer.last_hidden_state)
+        # transformers 5 has the layer norm on the encoder itself, 4 below text_model.
+        norm: Any = getattr(network, "text_model", network)
+        return Conditioning(context=norm.final_layer_norm(answer.hidden_states[-1 - clip_skip]))
+
+
+def _dropped(encoder: Encoder, prompt: str) -> str:
+    return str(encoder[0].decode(_ids(encoder[0], prompt)[_length(encoder) - 2 :])).strip()
+
+
+def _length(encoder: Encoder) -> int:
     # A tokenizer without a tokenizer_config.json believes that there is no limit.
-    return int(min(model.tokenizer.model_max_length, model.text_encoder.config.max_position_embeddings))
+    return int(min(encoder[0].model_max_length, encoder[1].config.max_position_embeddings))
 
 
 def _ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-
-
-def _encode(model: Model, bodies: list[list[int]], clip_skip: int) -> Tensor:
-    tokenizer, encoder = model.tokenizer, model.text_encoder
-    length = _length(model)
-    rows = [[tokenizer.bos_token_id, *body, tokenizer.eos_token_id] for body in bodies]
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=model.device)
-    with torch.no_grad():
-        if not clip_skip:
-            return encoder(ids, return_dict=True).last_hidden_state  # type: ignore[no-any-return]
-        hidden = encoder(ids, output_hidden_states=True, return_dict=True).hidden_states[-1 - clip_skip]
-        # transformers 5 has the layer norm on the encoder itself, 4 below text_model.
-        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)  # type: ignore[no-any-return]

@@ -7,7 +7,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from unrolled.chains.chain import TextToImage
 from unrolled.chains.jobs import text_to_image
 from unrolled.core.latents import LatentSpace
-from unrolled.core.loading import MINIATURES, Model
+from unrolled.core.loading import Model
+from unrolled.core.source import MINIATURES
 from unrolled.stages.decode import decode
 
 UNET = {

@@ -5,7 +5,8 @@ import pytest
 import torch
 from unrolled.chains.chain import Chain, Inpaint, TextToImage
 from unrolled.chains.run import run
-from unrolled.core.loading import MINIATURES, Shelf
+from unrolled.core.loading import Shelf
+from unrolled.core.source import MINIATURES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

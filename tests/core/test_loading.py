@@ -7,11 +7,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from unrolled.core import loading
+from unrolled.core import source
 from unrolled.core.catalog import CATALOG, MOVED
-from unrolled.core.checkpoint import COMPONENTS
 from unrolled.core.errors import BadInput, BadModel
-from unrolled.core.loading import Model, Shelf, find, load, require_known_device
+from unrolled.core.loading import Model, Shelf, load, require_known_device
+from unrolled.core.source import MINIATURES, find
+from unrolled.schedulers.config import read_scheduler
 
 
 def weights(folder: Path, component: str) -> Path:
@@ -43,7 +44,7 @@ def test_a_folder_loads(tiny: Model, tiny_folder: Path) -> None:
         8,
         0.18215,
     )
-    assert (tiny.native_size, tiny.inpaints, tiny.denoiser.kind) == (64, False, "epsilon")
+    assert (tiny.native_size, tiny.inpaints, read_scheduler(tiny.scheduler).kind) == (64, False, "epsilon")
     assert set(tiny.fingerprints) == {"tokenizer", "text_encoder", "unet", "vae"}
     for part in (tiny.text_encoder, tiny.unet, tiny.vae):
         assert not part.training
@@ -180,10 +181,11 @@ def test_every_catalog_name_has_a_hub_id_and_a_miniature() -> None:
     for name, entry in CATALOG.items():
         assert entry.hub.count("/") == 1
         assert entry.about
-        source = find(name)
-        for component in (*COMPONENTS, "scheduler"):
-            owner = entry.borrows.get(component, entry.miniature)
-            assert source.folders[component] == loading.MINIATURES / owner / component
+        found = find(name)
+        assert entry.borrows.keys() <= set(found.parts)
+        for part in (*found.parts, "scheduler"):
+            assert found.folders[part] == MINIATURES / entry.borrows.get(part, f"{name}/{part}")
+            assert any(found.folders[part].iterdir())
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
@@ -194,7 +196,7 @@ def test_gone_hub_ids_lead_to_where_their_models_went(monkeypatch: pytest.Monkey
         asked.append((repository, variant, revision))
         return Path("somewhere")
 
-    monkeypatch.setattr(loading, "_download", download)
+    monkeypatch.setattr(source, "_download", download)
     assert find(old, "hub", "fp16", "main").folders["unet"] == Path("somewhere/unet")
     assert asked == [(new, "fp16", "main")]
     assert new in {entry.hub for entry in CATALOG.values()}
@@ -321,7 +323,7 @@ UNREADABLE = "is damaged and cannot be read as"
         ),
         (
             config("text_encoder/config.json", architectures=["T5EncoderModel"]),
-            r"text_encoder holds T5EncoderModel where text_encoder must be CLIPTextModel\.",
+            r"text_encoder holds T5EncoderModel where text_encoder must be CLIPTextModel or CLIPTextModelWithProjection\.",
         ),
         (config("text_encoder/config.json", architectures=None), r"text_encoder holds no named class where"),
         (

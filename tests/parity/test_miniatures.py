@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from unrolled.chains.chain import Inpaint, TextToImage
 from unrolled.chains.jobs import inpaint, text_to_image
-from unrolled.core.loading import MINIATURES, Model, load
+from unrolled.core.loading import Model, load
 from unrolled.core.noise import DiffusersNoise
+from unrolled.core.source import MINIATURES
 from unrolled.stages.decode import decode
 from unrolled.stages.pictures import read_mask
 
