@@ -4,11 +4,11 @@ Everything a script needs is here; the map of the house is in the README.
 """
 
 from .core.conditioning import Conditioning
-from .core.denoiser import Denoiser, UNetDenoiser, conditioned, edited
+from .core.denoiser import Denoiser, PriorDenoiser, UNetDenoiser, UpscalerDenoiser, conditioned, edited
 from .core.errors import Note, UnrolledError
 from .core.guidance import classifier_free
 from .core.latents import Latents, LatentSpace
-from .core.loading import Model, Shelf, load
+from .core.loading import Model, Prior, Shelf, load, load_prior
 from .core.loop import Step, denoise, steps
 from .core.noise import DiffusersNoise, Noise
 from .core.prediction import Prediction
@@ -18,10 +18,13 @@ from .schedulers import DDIM, DDPM, PLMS, PNDM, DPMpp2M, Euler, EulerAncestral, 
 from .stages.decode import decode
 from .stages.finish import gif, grid, resize, sharpen
 from .stages.image import encode_image
-from .stages.inpaint import composite, inpaint_channels, latent_mask, with_channels
+from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
 from .stages.noise import add_noise, noise, start_step, unit_noise
 from .stages.pictures import read_mask, read_picture
+from .stages.prior import black_image, blend, embed_image, imagine
+from .stages.size import with_size
 from .stages.text import encode_text
+from .stages.upscale import enlarged_size, with_latents, with_low_res
 
 __version__ = "0.1.0"
 
@@ -45,26 +48,37 @@ __all__ = [
     "Note",
     "Past",
     "Prediction",
+    "Prior",
+    "PriorDenoiser",
     "Schedule",
     "Shelf",
     "Solver",
     "Step",
     "UNetDenoiser",
     "UnrolledError",
+    "UpscalerDenoiser",
     "add_noise",
+    "black_image",
+    "blend",
     "classifier_free",
     "composite",
     "conditioned",
     "decode",
     "denoise",
     "edited",
+    "embed_image",
     "encode_image",
     "encode_text",
+    "enlarged_size",
     "gif",
     "grid",
+    "imagine",
     "inpaint_channels",
+    "keep_known",
+    "known",
     "latent_mask",
     "load",
+    "load_prior",
     "noise",
     "read_mask",
     "read_picture",
@@ -74,4 +88,7 @@ __all__ = [
     "steps",
     "unit_noise",
     "with_channels",
+    "with_latents",
+    "with_low_res",
+    "with_size",
 ]

@@ -44,14 +44,54 @@ class Named(Checked):
     after: str | None = Field(None, description="the stage whose output this one takes; by default the one before")
 
 
+class SizeConditioning(Checked):
+    """What SDXL is told of the pictures to be like (see :func:`unrolled.stages.size.with_size`)."""
+
+    original: tuple[int, int] | None = Field(None, description="(height, width)")
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    aesthetic_score: float | None = Field(None, description="the refiner's, by default 6.0, and 2.5 for the negative")
+
+
+class Ingredient(Checked):
+    """A prompt or a picture, and how much of it goes into Kandinsky's image embedding."""
+
+    prompt: str | None = None
+    image: str | None = None
+    weight: FiniteFloat = 1.0
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Ingredient:
+        if (self.prompt is None) == (self.image is None):
+            raise ValueError("an ingredient is either a prompt or an image")
+        return self
+
+
+class PriorOptions(Checked):
+    """How Kandinsky's prior makes an image embedding of the prompt."""
+
+    model: str = "kandinsky-2.2-prior"
+    steps: int = Field(25, ge=1, strict=True)
+    guidance_scale: FiniteFloat = 4.0
+    mix: tuple[Ingredient, ...] = Field((), description="prompts and pictures to blend in place of the prompt")
+
+
 class Denoising(Named):
-    """What every stage that denoises may be told."""
+    """What every stage that denoises may be told. What is None is the system's usual (see defaults.py)."""
 
     model: str = "sd-1.5"
+    components: dict[str, str] = Field(default_factory=dict, description="whose component to use: { unet = ... }")
+    vae: str | None = Field(None, description="whose VAE to use, by the model's name")
+    allow_pickle: bool = False
     prompt: str = ""
-    negative_prompt: str = ""
+    prompt_2: str | None = None
+    negative_prompt: str | None = None
+    negative_prompt_2: str | None = None
+    size: SizeConditioning | None = None
+    negative_size: SizeConditioning | None = None
+    prior: PriorOptions | None = None
     steps: int = Field(30, ge=1, strict=True)
-    guidance_scale: FiniteFloat | list[FiniteFloat] = 7.5
+    guidance_scale: FiniteFloat | list[FiniteFloat] | None = None
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)
     guidance_interval: tuple[int, int] | None = Field(None, description="first and last + 1 step that is guided")
     guidance_batched: bool = True
@@ -64,6 +104,11 @@ class Denoising(Named):
     tiled: bool | None = None
     faithful: bool = False
 
+    @property
+    def borrowed(self) -> dict[str, str]:
+        """Whose components stand in for the model's own."""
+        return self.components | ({"vae": self.vae} if self.vae else {})
+
 
 class TextToImage(Denoising):
     """Pure noise to a picture."""
@@ -73,51 +118,73 @@ class TextToImage(Denoising):
     width: int | None = Field(None, ge=1, strict=True)
 
 
-class _FromPicture(Denoising):
+class FromPicture(Denoising):
+    """What every stage may be told that starts from a picture or latents."""
+
     image: str | None = Field(None, description="a picture file, instead of a stage's output")
+    latents: str | None = Field(None, description="a file that Latents.save wrote, instead of a stage's output")
     fit: bool = Field(False, description="crop and resize picture and mask files to the size they are needed in")
     posterior: Posterior = "sample"
-    strength: float | None = None
-    first_step: int | None = Field(None, ge=0)
     via: Literal["pixels"] | None = None
 
     @model_validator(mode="after")
-    def _one_start(self) -> _FromPicture:
-        if self.strength is not None and self.first_step is not None:
-            raise ValueError("give strength or first_step, not both")
-        if self.via and self.image:
-            raise ValueError("via says how a stage's output is handed on, it has no effect with image")
+    def _one_input(self) -> FromPicture:
+        if self.image and self.latents:
+            raise ValueError("give image or latents, not both")
+        if self.via and (self.image or self.latents):
+            raise ValueError("via says how a stage's output is handed on, it has no effect with a file")
         return self
 
 
-class ImageToImage(_FromPicture):
+class ImageToImage(FromPicture):
     """A picture or latents, noised and denoised again; or the rest of a run that was stopped."""
 
     do: Literal["image-to-image"] = "image-to-image"
-    start: Literal["strength", "handoff"] = "strength"
+    strength: float | None = None
+    first_step: int | None = Field(None, ge=0)
+    start: Literal["strength", "handoff"] | Cut = "strength"
+    repeat: int = Field(1, ge=1, strict=True, description="so many times, each on what the one before made")
 
     @model_validator(mode="after")
-    def _handoff_alone(self) -> ImageToImage:
-        if self.start == "handoff" and any(v is not None for v in (self.image, self.strength, self.first_step, self.via)):
-            raise ValueError('start = "handoff" goes on from noisy latents: leave out image, strength, first_step and via')
+    def _one_start(self) -> ImageToImage:
+        if self.strength is not None and self.first_step is not None:
+            raise ValueError("give strength or first_step, not both")
+        set_ = (self.image, self.strength, self.first_step, self.via)
+        if self.start != "strength" and any(v is not None for v in set_):
+            said = 'start = "handoff"' if self.start == "handoff" else "a start at a cut"
+            raise ValueError(f"{said} goes on from noisy latents: leave out image, strength, first_step and via")
+        if self.repeat > 1 and (self.start != "strength" or self.stop):
+            raise ValueError("repeat is for whole runs by strength: leave out start and stop")
         return self
 
 
-class Inpaint(_FromPicture):
+class Inpaint(FromPicture):
     """Repaint where the mask is white."""
 
     do: Literal["inpaint"] = "inpaint"
     model: str = "sd-1.5-inpainting"
+    strength: float | None = None
+    first_step: int | None = Field(None, ge=0)
     mask: str
     mask_blur: float = Field(0.0, ge=0.0)
     downsample: Downsample = "max"
     composite: bool = True
 
     @model_validator(mode="after")
-    def _blur_of_a_composite(self) -> Inpaint:
+    def _what_goes_together(self) -> Inpaint:
+        if self.strength is not None and self.first_step is not None:
+            raise ValueError("give strength or first_step, not both")
         if self.mask_blur and not self.composite:
             raise ValueError("mask_blur fades the edge of the composite, it has no effect with composite = false")
         return self
+
+
+class Upscale(FromPicture):
+    """Twice the size from latents, or four times from a picture, by Stability's upscalers."""
+
+    do: Literal["upscale"] = "upscale"
+    model: str = "x2-latent-upscaler"
+    noise_level: int | None = Field(None, ge=0, strict=True, description="what the x4 upscaler puts on the picture first")
 
 
 class Sharpen(Named):
@@ -135,10 +202,10 @@ class Resize(Named):
     factor: float = Field(2.0, gt=0.0)
 
 
-Stage = Annotated[TextToImage | ImageToImage | Inpaint | Sharpen | Resize, Field(discriminator="do")]
+Stage = Annotated[TextToImage | ImageToImage | Inpaint | Upscale | Sharpen | Resize, Field(discriminator="do")]
 STAGE: TypeAdapter[Stage] = TypeAdapter(Stage)
 KINDS: dict[str, type[Named]] = {
-    kind.model_fields["do"].default: kind for kind in (TextToImage, ImageToImage, Inpaint, Sharpen, Resize)
+    kind.model_fields["do"].default: kind for kind in (TextToImage, ImageToImage, Inpaint, Upscale, Sharpen, Resize)
 }
 
 
@@ -153,7 +220,7 @@ class Chain(Checked):
     batch: int = Field(1, ge=1, strict=True)
     formats: tuple[Literal["png", "jpg", "webp"], ...] = ("png",)
     grid: bool = False
-    gif: bool = False
+    gif: bool | Literal["steps", "stages"] = Field(False, description="true is steps")
     folder: Path = Field(Path(), exclude=True, description="what file names in the chain are relative to")
 
     @model_validator(mode="before")

@@ -1,4 +1,4 @@
-"""One function per kind of denoising stage: the stages wired, from text and latents to latents.
+"""One function per kind of denoising stage: the stages wired, from conditioning and latents to latents.
 
 Everything here is made of public functions, in the order one would write them by hand; copy one to
 change it.
@@ -7,24 +7,18 @@ change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from PIL import Image
 
 from ..core.conditioning import Conditioning
-from ..core.denoiser import Denoiser, UNetDenoiser, conditioned
-from ..core.errors import BadInput
-from ..core.guidance import GuidanceScale, classifier_free, per_step, within
+from ..core.denoiser import ConditionalDenoiser, Denoiser, UNetDenoiser, UpscalerDenoiser, conditioned
+from ..core.guidance import classifier_free
 from ..core.latents import Latents
 from ..core.loading import Model
 from ..core.loop import Step, denoise
 from ..core.noise import Noise, NoiseSource
-from ..core.schedule import Schedule
-from ..core.solver import Solver
-from ..schedulers.classes import SchedulerConfig
-from ..schedulers.config import read_scheduler
-from ..schedulers.faithful import DiffusersPLMS
 from ..stages.image import encode_image
 from ..stages.inpaint import (
     inpaint_channels,
@@ -35,21 +29,14 @@ from ..stages.inpaint import (
     require_same_size,
     with_channels,
 )
-from ..stages.noise import add_noise, noise, start_step, unit_noise
-from ..stages.text import encode_text
-from .chain import Denoising, ImageToImage, Inpaint, TextToImage
+from ..stages.noise import add_noise, noise, unit_noise
+from ..stages.upscale import enlarged_size, with_latents, with_low_res
+from .chain import Denoising, ImageToImage, Inpaint, TextToImage, Upscale
+from .defaults import filled
+from .prompts import Pair, encode_prompts
+from .runs import Run, guidance_scale, plan_run
 
 Hook = Callable[[Step], object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The schedule and solver of one stage, cut to the steps it runs; ``whole`` is uncut."""
-
-    whole: Schedule
-    schedule: Schedule
-    solver: Solver
-    config: SchedulerConfig
 
 
 def text_to_image(
@@ -59,25 +46,35 @@ def text_to_image(
     stream: str = "",
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
+    prompts: Pair | None = None,
 ) -> Latents:
-    """Pure noise to latents of what the prompt says."""
+    """Pure noise to latents of what the prompt says.
+
+    Args:
+        prompts: ready-made conditioning in place of the stage's prompts; Kandinsky's needs its prior.
+    """
+    spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler)
     latents = noise(model, run.whole, spec.height, spec.width, seeds, stream=stream, source=source)
-    cond, uncond = encode_prompts(model, spec)
-    denoiser = guided(model, spec, run, cond, uncond)
-    return denoise(denoiser, latents, run.schedule, run.solver, hooks, source)
+    cond, uncond = prompts or encode_prompts(model, spec, latents.size)
+    return denoise(guided(model, spec, run, cond, uncond), latents, run.schedule, run.solver, hooks, source)
 
 
 def image_to_image(
-    model: Model, spec: ImageToImage, start: Latents, hooks: Sequence[Hook] = (), source: NoiseSource | None = None
+    model: Model,
+    spec: ImageToImage,
+    start: Latents,
+    hooks: Sequence[Hook] = (),
+    source: NoiseSource | None = None,
+    prompts: Pair | None = None,
 ) -> Latents:
-    """Noise clean latents to the strength's level and denoise them; or go on from a handoff's level."""
+    """Noise clean latents to the strength's level and denoise them; or go on from noisy ones."""
     model.space.require(start.space, f"The model {model.name}")
-    run = plan_run(spec, model.scheduler, start.sigma if spec.start == "handoff" else None)
-    latents = start if spec.start == "handoff" else add_noise(start, run.schedule, unit_noise(start, source))
-    cond, uncond = encode_prompts(model, spec)
-    denoiser = guided(model, spec, run, cond, uncond)
-    return denoise(denoiser, latents, run.schedule, run.solver, hooks, source)
+    spec = filled(spec, model.system)
+    run = plan_run(spec, model.scheduler, None if spec.start == "strength" else start.sigma)
+    latents = add_noise(start, run.schedule, unit_noise(start, source)) if spec.start == "strength" else start
+    cond, uncond = prompts or encode_prompts(model, spec, start.size)
+    return denoise(guided(model, spec, run, cond, uncond), latents, run.schedule, run.solver, hooks, source)
 
 
 def inpaint(
@@ -89,18 +86,21 @@ def inpaint(
     stream: str = "",
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
+    prompts: Pair | None = None,
 ) -> Latents:
     """Repaint where the mask is white, with a UNet of 9 channels or, blending every step, of 4.
 
     One picture serves all seeds, or there is one per seed.
     """
+    spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler)
     source = source or Noise(tuple(seeds), stream)
-    cond, uncond = encode_prompts(model, spec)
+    cond, uncond = prompts or encode_prompts(model, spec, (mask.height, mask.width))
     for picture in pictures:
         require_same_size(picture, mask)
+    blends = not model.inpaints or model.system == "kandinsky"  # whose UNet of 9 channels was meant for both
     start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=source)
-    if run.schedule.first or not model.inpaints:
+    if run.schedule.first or blends:
         clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
         unit = unit_noise(clean, source)
     if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
@@ -110,77 +110,57 @@ def inpaint(
             posterior=spec.posterior, downsample=spec.downsample, source=source,
         )  # fmt: skip
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
-        return denoise(guided(model, spec, run, cond, uncond), start, run.schedule, run.solver, hooks, source)
+    denoiser = guided(model, spec, run, cond, uncond)
+    if not blends:
+        return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
     cells = latent_mask(mask, model.space, spec.downsample)
     known_at = known(clean, unit, run.schedule)
     pure = math.inf if run.schedule.first else run.schedule.sigmas[0]
-    denoiser = keeping_known(guided(model, spec, run, cond, uncond), cells, known_at, pure)
+    denoiser = keeping_known(denoiser, cells, known_at, pure)
     return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
 
 
-def plan_run(spec: Denoising, scheduler: Mapping[str, object], handoff_sigma: float | None = None) -> Run:
-    """What a stage will run, from its options and the checkpoint's scheduler config alone.
+def upscale(
+    model: Model,
+    spec: Upscale,
+    small: Latents | Sequence[Image.Image],
+    seeds: Sequence[int],
+    stream: str = "",
+    hooks: Sequence[Hook] = (),
+    source: NoiseSource | None = None,
+    prompts: Pair | None = None,
+) -> Latents:
+    """Latents to those of a picture twice as large, or pictures to latents of one four times as large."""
+    spec = filled(spec, model.system)
+    run = plan_run(spec, model.scheduler)
+    size = small.size if isinstance(small, Latents) else (small[0].height, small[0].width)
+    height, width = enlarged_size(model, size)
+    cond, uncond = prompts or encode_prompts(model, spec, (height, width))
 
-    Raises:
-        BadInput: strength, cuts or steps leave nothing to run; BadModel: options not honoured.
-    """
-    config = read_scheduler(scheduler, spec.solver, **spec.scheduler)
-    whole = config.schedule(spec.steps)
-    solver = config.solver(spec.steps, eta=spec.eta, faithful=spec.faithful)
-    first, schedule = first_step(spec, whole, handoff_sigma), whole
-    if first and spec.faithful and isinstance(solver, DiffusersPLMS) and handoff_sigma is None:
-        schedule, solver = solver.started_at(whole, first)
-    elif first:
-        schedule = whole[first:]
-    if spec.stop is not None:
-        schedule = schedule[: max(0, whole.index(**spec.stop.given()) - first)]  # type: ignore[arg-type]
-    if not len(schedule):
-        raise BadInput(f"Stage {spec.name!r} has no step to run: it would start at step {first} and stop before it.")
-    return Run(whole, schedule, solver, config)
-
-
-def first_step(spec: Denoising, whole: Schedule, handoff_sigma: float | None = None) -> int:
-    """The first step a stage runs: by its strength, its first_step, or where the handoff left off."""
-    if handoff_sigma is not None:
-        matches = [i for i, sigma in enumerate(whole.sigmas[:-1]) if abs(sigma - handoff_sigma) <= 1e-4 * sigma]
-        if not matches:
-            raise BadInput(
-                f"Stage {spec.name!r} is handed latents at sigma {handoff_sigma:.4g}, which is no level of its schedule "
-                f"({whole}): give both stages the same steps and solver."
-            )
-        return matches[0]
-    if isinstance(spec, (ImageToImage, Inpaint)):
-        if spec.first_step is not None:
-            if spec.first_step >= len(whole):
-                raise BadInput(f"first_step goes from 0 to {len(whole) - 1} here, got {spec.first_step}.")
-            return spec.first_step
-        default = 1.0 if isinstance(spec, Inpaint) else 0.8
-        return start_step(len(whole), default if spec.strength is None else spec.strength, faithful=spec.faithful)
-    return 0
-
-
-def encode_prompts(model: Model, spec: Denoising) -> tuple[Conditioning, Conditioning]:
-    """The prompt's and the negative prompt's conditioning; clip skip is the prompt's alone, as in diffusers."""
-    cond = encode_text(model, spec.prompt, clip_skip=spec.clip_skip, chunks=spec.chunks)
-    return cond, encode_text(model, spec.negative_prompt, chunks=spec.chunks)
+    if isinstance(small, Latents):
+        cond = with_latents(model, cond, small)
+    else:
+        level = 20 if spec.noise_level is None else spec.noise_level
+        cond = with_low_res(model, cond, small, noise_level=level, seeds=seeds, stream=stream, source=source)
+    uncond = replace(uncond.expand(len(cond)), channels=cond.channels, class_labels=cond.class_labels)
+    denoiser = guided(model, spec, run, cond, uncond)
+    latents = noise(model, run.whole, height, width, seeds, stream=stream, source=source)
+    return denoise(denoiser, latents, run.schedule, run.solver, hooks, source)
 
 
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:
-    """The model's UNet under the stage's guidance."""
-    network = UNetDenoiser(model.unet, run.config.kind)
+    """The model's network under the stage's guidance."""
     scale = guidance_scale(spec, run.whole)
+    network = network_of(model, spec, run)
     if not callable(scale) and scale <= 1.0:
         return conditioned(network, cond)
     return classifier_free(network, cond, uncond, scale, rescale=spec.guidance_rescale, batched=spec.guidance_batched)
 
 
-def guidance_scale(spec: Denoising, whole: Schedule) -> GuidanceScale:
-    """One scale, or one per step of the whole schedule."""
-    if spec.guidance_interval is None and not isinstance(spec.guidance_scale, list):
-        return spec.guidance_scale
-    scales = spec.guidance_scale if isinstance(spec.guidance_scale, list) else [spec.guidance_scale] * len(whole)
-    at = per_step(whole, scales)
-    if spec.guidance_interval is None:
-        return at
-    inside = within(whole, *spec.guidance_interval, guidance_scale=math.inf)
-    return lambda sigma: min(at(sigma), inside(sigma))
+def network_of(model: Model, spec: Denoising, run: Run) -> ConditionalDenoiser:
+    """The UNet in the wrapper its system needs."""
+    if model.system == "x2":
+        return UpscalerDenoiser(model.unet)
+    # diffusers' Kandinsky pipelines never scale the input, whatever the scheduler expects.
+    unscaled = spec.faithful and model.system == "kandinsky" and run.config.scales_input
+    return UNetDenoiser(model.unet, run.config.kind, scale_input=not unscaled)

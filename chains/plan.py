@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import encoder_fingerprint, weight_files
+from ..core.checkpoint import encoder_fingerprint
 from ..core.errors import BadChain, BadInput, BadModel, Note, UnrolledError
 from ..core.latents import Latents, LatentSpace
 from ..core.loading import Shelf
@@ -18,10 +17,24 @@ from ..core.loop import denoise
 from ..core.prediction import Prediction
 from ..core.schedule import Schedule
 from ..core.solver import Solver
-from ..core.source import Source, check_classes
+from ..core.source import Source, enlarges
+from ..core.weights import has_weights
 from ..stages.pictures import read_mask, read_picture, require_size
-from .chain import Chain, Denoising, ImageToImage, Inpaint, Resize, Sharpen, Stage, TextToImage
-from .jobs import Run, guidance_scale, plan_run
+from .chain import (
+    Chain,
+    Denoising,
+    FromPicture,
+    ImageToImage,
+    Inpaint,
+    PriorOptions,
+    Resize,
+    Sharpen,
+    Stage,
+    TextToImage,
+)
+from .defaults import filled
+from .fit import require_fit, require_prior
+from .runs import Run, guidance_scale, plan_run
 
 
 @dataclass(frozen=True)
@@ -29,9 +42,12 @@ class StagePlan:
     """One stage of a plan.
 
     Args:
+        stage: with its system's usual values filled in.
         takes: what it is handed, in words.
         size: width and height in pixels of what comes out.
         run: schedule and solver, for stages that denoise.
+        decodes: whether it makes the stage before decode its latents.
+        continues: whether it goes on with the very run of the stage before: same weights, schedule and solver.
     """
 
     stage: Stage
@@ -39,16 +55,29 @@ class StagePlan:
     size: tuple[int, int]
     run: Run | None = None
     notes: tuple[str, ...] = field(default=())
+    decodes: bool = False
+    continues: bool = False
 
     @property
     def evaluations(self) -> int:
         """Calls of the UNet for one image (a guided one counts once), counted by running the solver on nothing."""
-        return count_evaluations(self.run.solver, self.run.schedule) if self.run else 0
+        repeats = self.stage.repeat if isinstance(self.stage, ImageToImage) else 1
+        return repeats * count_evaluations(self.run.solver, self.run.schedule) if self.run else 0
 
     @property
     def left_noisy(self) -> bool:
         """Whether what comes out still holds noise."""
         return self.run is not None and self.run.schedule.sigmas[-1] > self.run.whole.sigmas[-1]
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """What a stage is handed."""
+
+    size: tuple[int, int]
+    takes: str
+    sigma: float | None = None
+    decodes: bool = False
 
 
 def count_evaluations(solver: Solver, schedule: Schedule) -> int:
@@ -90,58 +119,79 @@ def plan(chain: Chain, shelf: Shelf) -> list[StagePlan]:
     return list(plans.values())
 
 
+def pictures_wanted(chain: Chain, plans: Sequence[StagePlan]) -> set[str]:
+    """The stages whose pictures somebody looks at; the others' latents are never decoded."""
+    last = plans[-1].stage.name
+    if chain.grid or chain.gif == "stages":
+        return {plan.stage.name for plan in plans if not plan.left_noisy}
+    takers = (chain.before(index) for index, plan in enumerate(plans) if plan.decodes)
+    return {last, *(stage.name for stage in takers if stage is not None)}
+
+
 def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, shelf: Shelf) -> StagePlan:
     if isinstance(stage, Sharpen | Resize):
-        size = _pixels_of(stage.name, before)
+        size = _pixels_of(before)
         factor = stage.factor if isinstance(stage, Resize) else 1.0
-        return StagePlan(stage, "pixels", (round(size[0] * factor), round(size[1] * factor)))
-    source = shelf.find(stage.model, weights=False)
-    check_classes(source)
+        return StagePlan(stage, "pixels", (round(size[0] * factor), round(size[1] * factor)), decodes=True)
+    source = shelf.find(stage.model, stage.borrowed, weights=False, allow_pickle=stage.allow_pickle)
+    require_fit(stage, source)
+    if isinstance(stage, Denoising) and source.system == "kandinsky":
+        require_prior(shelf.find((stage.prior or PriorOptions()).model, weights=False))
+    stage = filled(stage, source.system)
     native, cell = source.sizes()
     if isinstance(stage, TextToImage):
-        size = (stage.width or native, stage.height or native)
-        require_size(size, cell, "The size")
-        return _denoising(stage, source, "noise", size)
-    size, takes, sigma = _input(chain, stage, before, source, native, shelf)
-    require_size(size, cell, "The size")
-    return _denoising(stage, source, takes, size, sigma)
-
-
-def _denoising(stage: Denoising, source: Source, takes: str, size: tuple[int, int], sigma: float | None = None) -> StagePlan:
-    run = plan_run(stage, source.scheduler, sigma)
+        handed = _Handed((stage.width or native, stage.height or native), "noise")
+    else:
+        handed = _input(chain, stage, before, source, native, shelf)
+    require_size(handed.size, cell if source.system != "x4" else 1, "The size")
+    run = plan_run(stage, source.scheduler, handed.sigma)
     guidance_scale(stage, run.whole)
-    return StagePlan(stage, takes, size, run, tuple(_notes(stage, run, size, source.sizes()[0])))  # type: ignore[arg-type]
+    stage = stage.model_copy(update={"solver": run.config.name})
+    factor = enlarges(source.system)
+    size = (factor * handed.size[0], factor * handed.size[1])
+    continues = handed.sigma is not None and _continues(stage, run, before)
+    takes = handed.takes if handed.sigma is None or continues else f"{handed.takes}; the solver starts afresh"
+    return StagePlan(stage, takes, size, run, tuple(_notes(stage, run, size, native)), handed.decodes, continues)
 
 
-def _input(
-    chain: Chain, stage: ImageToImage | Inpaint, before: StagePlan | None, source: Source, native: int, shelf: Shelf
-) -> tuple[tuple[int, int], str, float | None]:
-    """Size in pixels, how it is handed on, and the sigma of a handoff."""
+def _input(chain: Chain, stage: FromPicture, before: StagePlan | None, source: Source, native: int, shelf: Shelf) -> _Handed:
+    """What a stage that starts from a picture or latents is handed."""
+    noisy = isinstance(stage, ImageToImage) and stage.start != "strength"
     if stage.image is not None:
-        picture = read_picture(chain.folder / stage.image)
-        size = (native, native) if stage.fit else picture.size
+        side = native // enlarges(source.system)
+        size = (side, side) if stage.fit else read_picture(chain.folder / stage.image).size
         _require_mask(chain, stage, size)
-        return size, f"{stage.image}{', fitted' if stage.fit else ''}", None
+        return _Handed(size, f"{stage.image}{', fitted' if stage.fit else ''}")
+    if stage.latents is not None:
+        held = Latents.load(chain.folder / stage.latents)
+        if not noisy:
+            held.require_clean("start from")
+        return _Handed((held.size[1], held.size[0]), stage.latents, held.sigma if noisy else None)
     if before is None:
         raise BadInput('there is no picture to start from: give image = "file.png" or put a stage before it.')
-    if isinstance(stage, ImageToImage) and stage.start == "handoff":
+    if noisy:
         if not before.left_noisy or before.run is None:
             raise BadInput('start = "handoff" needs a stage before it that stops early (stop = { steps_fraction = 0.8 }).')
         _require_same_space(stage, before, source, shelf)
-        same = isinstance(before.stage, Denoising) and before.stage.model == stage.model
-        takes = "noisy latents" if same else "noisy latents; the solver starts afresh"
-        return before.size, takes, before.run.schedule.sigmas[-1]
+        return _Handed(before.size, "noisy latents", before.run.schedule.sigmas[-1])
     if before.left_noisy:
         raise BadInput(
             f'it is handed latents at sigma {_end(before):.3g}: give start = "handoff", or leave out stop before it.'
         )
     _require_mask(chain, stage, before.size)
-    if isinstance(stage, Inpaint):
-        return before.size, "pixels", None
-    if stage.via == "pixels" or before.run is None:
-        return before.size, "pixels", None
+    if isinstance(stage, Inpaint) or source.system == "x4" or stage.via == "pixels" or before.run is None:
+        return _Handed(before.size, "pixels", decodes=True)
     _require_same_space(stage, before, source, shelf)
-    return before.size, "latents", None
+    composited = isinstance(before.stage, Inpaint) and before.stage.composite
+    return _Handed(before.size, "pixels" if composited else "latents", decodes=composited)
+
+
+def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
+    """Whether two stages are two parts of one run, so that the solver's memory and the noise go on."""
+    if before is None or before.run is None or not isinstance(before.stage, Denoising):
+        return False
+    same_weights = (before.stage.model, before.stage.borrowed) == (stage.model, stage.borrowed)
+    return same_weights and before.run.whole == run.whole and before.run.solver == run.solver
 
 
 def _require_mask(chain: Chain, stage: Denoising, size: tuple[int, int]) -> None:
@@ -159,14 +209,15 @@ def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> It
         yield f"{size[0]}x{size[1]} is far above the model's native {native} px: take fit = true or a smaller size"
     if run.schedule.first and isinstance(stage, ImageToImage | Inpaint):
         yield f"runs {len(run.schedule)} of {len(run.whole)} steps, from sigma {run.schedule.sigmas[0]:.3g}"
-    if not isinstance(stage.guidance_scale, list) and stage.guidance_scale <= 1.0:
+    if isinstance(stage.guidance_scale, float) and stage.guidance_scale <= 1.0:
         yield "guidance off" + (", the negative prompt has no effect" if stage.negative_prompt else "")
 
 
 def _require_same_space(stage: Denoising, before: StagePlan, source: Source, shelf: Shelf) -> None:
     if not isinstance(before.stage, Denoising):
         return
-    prints = [_encoder(s, shelf.variant) for s in (source, shelf.find(before.stage.model, weights=False))]
+    other = shelf.find(before.stage.model, before.stage.borrowed, weights=False)
+    prints = [_encoder(s) for s in (source, other)]
     if None not in prints and prints[0] != prints[1]:
         raise BadInput(
             f"{stage.model} and {before.stage.model} have different VAEs, so latents cannot be handed on: "
@@ -174,13 +225,13 @@ def _require_same_space(stage: Denoising, before: StagePlan, source: Source, she
         )
 
 
-def _encoder(source: Source, variant: str | None) -> str | None:
+def _encoder(source: Source) -> str | None:
     """The encoder's fingerprint if its weights are on this disk."""
-    folder: Path = source.folders["vae"]
-    return encoder_fingerprint(weight_files(folder, variant)) if any(folder.glob("*.safetensors")) else None
+    part = source.part(source.vae)
+    return encoder_fingerprint(part) if has_weights(part) else None
 
 
-def _pixels_of(name: str, before: StagePlan | None) -> tuple[int, int]:
+def _pixels_of(before: StagePlan | None) -> tuple[int, int]:
     if before is None:
         raise BadInput("there is no picture to work on: put a stage before it.")
     if before.left_noisy:

@@ -141,7 +141,9 @@ class _Locator:
     def fault(self, stage: int | None, error: ValidationError, kind: type[BaseModel]) -> BadChain:
         """The first of pydantic's complaints as one sentence."""
         first = error.errors()[0]
-        names = [str(part) for part in first["loc"] if str(part) not in KINDS]
+        # pydantic names the alternatives of a key after it: only what a file can hold is a name of it.
+        parts = [str(part) for part in first["loc"] if str(part) not in KINDS]
+        names = [part for part in parts if not part.startswith("literal[") and part != "Cut"]
         key = names[0] if names else ""
         if first["type"] == "extra_forbidden":
             message = f"unknown key {names[-1]!r}{_closest(names[-1], set(kind.model_fields))}"

@@ -7,12 +7,11 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..core.loading import Model
 from ..stages.finish import FORMATS
 from .chain import Chain, Denoising, ImageToImage, Inpaint
 
@@ -36,30 +35,42 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Machine(NamedTuple):
+    """What a chain ran on."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 def manifest(
-    chain: Chain, seed: int, models: Mapping[str, Model], notes: Sequence[str], seconds: Mapping[str, float]
+    chain: Chain,
+    seed: int,
+    models: Mapping[str, Mapping[str, str]],
+    machine: Machine,
+    notes: Sequence[str],
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything that made one picture: chain, seed, weights, versions, device, notes."""
-    first = next(iter(models.values()), None)
+    """Everything that made one picture: chain, seed, fingerprints of the weights, versions, device, notes."""
     return {
         "chain": chain.model_dump(mode="json") | {"seed": seed, "batch": 1},
-        "models": {name: dict(model.fingerprints) for name, model in models.items()},
+        "models": {name: dict(prints) for name, prints in models.items()},
         "versions": versions(),
-        "device": _device_name(first.device) if first else "none",
-        "dtype": str(first.dtype).removeprefix("torch.") if first else "none",
+        "device": _device_name(machine.device),
+        "dtype": str(machine.dtype).removeprefix("torch."),
         "notes": list(notes),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
 
-def parameters(chain: Chain, seed: int, size: tuple[int, int], models: Mapping[str, Model]) -> str:
+def parameters(chain: Chain, seed: int, size: tuple[int, int]) -> str:
     """The last denoising stage in the form AUTOMATIC1111's web UI writes and many tools read."""
     stage = next((s for s in reversed(chain.stages) if isinstance(s, Denoising)), None)
     if stage is None:
         return ""
-    facts: dict[str, object] = {"Steps": stage.steps, "Sampler": _sampler(stage, models)}
-    scales = stage.guidance_scale if isinstance(stage.guidance_scale, list) else [stage.guidance_scale]
-    facts |= {"CFG scale": f"{scales[0]:g}", "Seed": seed, "Size": f"{size[0]}x{size[1]}"}
+    facts: dict[str, object] = {"Steps": stage.steps, "Sampler": _sampler(stage)}
+    scale = stage.guidance_scale[0] if isinstance(stage.guidance_scale, list) else stage.guidance_scale
+    facts |= {} if scale is None else {"CFG scale": f"{scale:g}"}
+    facts |= {"Seed": seed, "Size": f"{size[0]}x{size[1]}"}
     facts["Model"] = stage.model
     if isinstance(stage, ImageToImage | Inpaint) and stage.strength is not None:
         facts["Denoising strength"] = f"{stage.strength:g}"
@@ -86,10 +97,8 @@ def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any
     return file.getvalue()
 
 
-def _sampler(stage: Denoising, models: Mapping[str, Model]) -> str:
-    own = str(models[stage.model].scheduler.get("_class_name", "")) if stage.model in models else ""
-    name = _A1111_NAMES.get(stage.solver or "", stage.solver or own.removesuffix("Scheduler"))
-    name = "PLMS" if name == "PNDM" else name
+def _sampler(stage: Denoising) -> str:
+    name = _A1111_NAMES.get(stage.solver or "", stage.solver or "")
     return f"{name} Karras" if stage.scheduler.get("use_karras_sigmas") else name
 
 

@@ -2,99 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 
 from ..core.errors import BadInput, Note, OutOfMemory, UnrolledError
-from ..core.files import claim, require_writable, write_atomically
+from ..core.files import require_writable
 from ..core.latents import Latents
 from ..core.loading import Model, Shelf
 from ..core.loop import Step
+from ..core.noise import NoiseSource
+from ..core.source import Source
 from ..stages import finish
 from ..stages.decode import decode
-from ..stages.image import encode_image
-from ..stages.inpaint import composite
-from ..stages.pictures import read_mask, read_picture
 from . import jobs
-from .chain import Chain, Denoising, ImageToImage, Inpaint, Resize, Sharpen, Stage, TextToImage
-from .plan import plan
-from .record import encode, manifest, parameters
+from .chain import Chain, Denoising, PriorOptions, Resize, Sharpen, Stage
+from .outputs import Output, Result, rescue, write
+from .plan import StagePlan, pictures_wanted, plan
+from .prompts import Pair, imagined
+from .record import Machine
+from .tasks import Task, perform
 
 Watch = Callable[[Stage, Step], object]
 """Called after every step; a progress bar, say."""
 
-
-@dataclass
-class Output:
-    """What a stage made: latents, or pictures, or both; pictures are decoded when first asked for."""
-
-    model: Model | None = None
-    latents: Latents | None = None
-    made: list[Image.Image] = field(default_factory=list)
-    tiled: bool | None = None
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether there is a picture to see: not for a run that was stopped while still noisy."""
-        return bool(self.made) or (self.latents is not None and self.latents.is_clean)
-
-    def pictures(self) -> list[Image.Image]:
-        """As many as there are seeds."""
-        if not self.made and self.model is not None and self.latents is not None:
-            self.made = decode(self.model, self.latents, tiled=self.tiled)
-        return self.made
+Sources = Callable[[], NoiseSource]
 
 
-@dataclass
-class Result:
-    """A finished run: the pictures of each stage, and the files written."""
-
-    outputs: dict[str, Output] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def pictures(self) -> list[Image.Image]:
-        """The last stage's, one per seed."""
-        return list(self.outputs.values())[-1].pictures()
-
-
-def run(chain: Chain, shelf: Shelf, folder: Path | None = None, watch: Watch | None = None) -> Result:
+def run(
+    chain: Chain,
+    shelf: Shelf,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+    *,
+    keep: bool = False,
+    sources: Sources | None = None,
+) -> Result:
     """Run every stage and write what the chain asks for into ``folder`` (nothing is written without one).
 
     When a stage fails or is interrupted, the pictures of the stages before it are written, and an
     interrupted run's latents too, so that it can be taken up again. A batch that does not fit into
-    memory is tried again in halves.
+    memory is tried again in halves. Models are freed as soon as no later stage needs them.
+
+    Args:
+        watch: called after every step.
+        keep: leave all models on the shelf.
+        sources: gives every stage, and every prior, its source of noise in place of the seeds; for comparisons.
 
     Raises:
         UnrolledError: what went wrong, with the stage's name.
     """
-    plan(chain, shelf)
+    plans = plan(chain, shelf)
+    chain = chain.model_copy(update={"stages": tuple(item.stage for item in plans)})
+    machine = Machine(shelf.device, shelf.dtype)
     if folder is not None:
         require_writable(folder)
-    result, last = Result(), list[Step]()
+    runner = Runner(chain, plans, shelf, watch, keep, sources)
     try:
-        return _run(chain, shelf, folder, watch, result, last)
+        result = runner.run()
+        if folder is not None:
+            write(chain, result, machine, folder)
+        return result
     except OutOfMemory:
         if chain.batch == 1:
-            _rescue(chain, result, last, folder)
+            rescue(chain, runner.result, machine, runner.last, folder)
             raise
     except (UnrolledError, KeyboardInterrupt):
-        _rescue(chain, result, last, folder)
+        rescue(chain, runner.result, machine, runner.last, folder)
         raise
+    return _in_halves(chain, shelf, folder, watch, keep)
+
+
+def _in_halves(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | None, keep: bool) -> Result:
     half = chain.batch // 2
-    first = run(chain.model_copy(update={"batch": half}), shelf, folder, watch)
+    first = run(chain.model_copy(update={"batch": half}), shelf, folder, watch, keep=keep)
     rest = chain.model_copy(update={"seed": chain.seed + half, "batch": chain.batch - half})
-    second = run(rest, shelf, folder, watch)
+    second = run(rest, shelf, folder, watch, keep=keep)
     for name, output in second.outputs.items():
         if output.is_picture:
             first.outputs[name] = Output(made=first.outputs[name].pictures() + output.pictures())
@@ -103,146 +90,126 @@ def run(chain: Chain, shelf: Shelf, folder: Path | None = None, watch: Watch | N
     return first
 
 
-def _run(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | None, result: Result, last: list[Step]) -> Result:
-    """Fill ``result`` stage by stage; ``last`` holds the newest step of the stage under way."""
-    film: list[Image.Image] = []
-    with _noted(result.notes):
-        for index, stage in enumerate(chain.stages):
-            before = chain.before(index)
-            began = time.perf_counter()
-            with _named(stage):
-                hooks = _hooks(chain, stage, shelf, watch, last, film)
-                output = _stage(chain, index, shelf, result.outputs[before.name] if before else None, hooks)
-                if output.is_picture and (chain.grid or index == len(chain.stages) - 1):
-                    output.pictures()
-            last.clear()
-            result.outputs[stage.name] = output
-            result.seconds[stage.name] = time.perf_counter() - began
-        if folder is not None:
-            _write(chain, result, folder, film)
-    return result
+class Runner:
+    """One chain under way: what its stages made so far, and the newest step of the one being run."""
 
+    def __init__(
+        self,
+        chain: Chain,
+        plans: Sequence[StagePlan],
+        shelf: Shelf,
+        watch: Watch | None,
+        keep: bool,
+        sources: Sources | None,
+    ) -> None:
+        self.chain, self.plans, self.shelf, self.watch, self.keep = chain, plans, shelf, watch, keep
+        self.sources = sources
+        self.seeds, self.result, self.last = chain.seeds(), Result(), list[Step]()
 
-def _stage(chain: Chain, index: int, shelf: Shelf, before: Output | None, hooks: list[jobs.Hook]) -> Output:
-    stage, stream = chain.stages[index], _stream(chain, index)
-    if isinstance(stage, Sharpen):
-        return Output(made=[finish.sharpen(p, stage.percent, stage.radius) for p in _pictures(before)])
-    if isinstance(stage, Resize):
-        return Output(made=[finish.resize(p, stage.factor) for p in _pictures(before)])
-    model = shelf.load(stage.model)
-    if isinstance(stage, TextToImage):
-        latents = jobs.text_to_image(model, stage, chain.seeds(), stream, hooks)
-    elif isinstance(stage, ImageToImage):
-        start = _start(chain, stage, model, before, stream)
-        latents = jobs.image_to_image(model, stage, start, hooks)
-    else:
-        return _inpaint(chain, stage, model, before, stream, hooks)
-    return Output(model, latents, tiled=stage.tiled)
+    def run(self) -> Result:
+        """Every stage in order."""
+        result, wanted = self.result, pictures_wanted(self.chain, self.plans)
+        with _noted(result.notes):
+            for index, item in enumerate(self.plans):
+                began, before = time.perf_counter(), self.chain.before(index)
+                self.free(index, prior=True)
+                with _named(item.stage):
+                    output = self.stage(index, result.outputs[before.name] if before else None)
+                    if item.stage.name in wanted:
+                        output.pictures()
+                    if self.chain.gif == "stages" and output.is_picture and index < len(self.plans) - 1:
+                        result.frames.append(output.pictures()[0])
+                self.last.clear()
+                result.outputs[item.stage.name] = output
+                result.seconds[item.stage.name] = time.perf_counter() - began
+        return result
 
+    def stage(self, index: int, before: Output | None) -> Output:
+        """What one stage makes of what it is handed."""
+        stage = self.chain.stages[index]
+        if isinstance(stage, Sharpen | Resize):
+            if before is None:
+                raise BadInput("there is no picture to work on.")
+            if isinstance(stage, Sharpen):
+                return Output(made=[finish.sharpen(p, stage.percent, stage.radius) for p in before.pictures()])
+            return Output(made=[finish.resize(p, stage.factor) for p in before.pictures()])
+        prompts = self.imagined(stage)
+        self.free(index)
 
-def _stream(chain: Chain, index: int) -> str:
-    """Every denoising stage draws its own noise; the first one what a script draws by default."""
-    first = next((i for i, stage in enumerate(chain.stages) if isinstance(stage, Denoising)), 0)
-    return "" if index == first else chain.stages[index].name
+        def frame(latents: Latents) -> None:
+            if self.chain.gif == "stages":
+                self.result.frames += decode(self.model(stage), latents[:1])
 
+        made = perform(
+            Task(
+                plan=self.plans[index],
+                model=self.model(stage),
+                folder=self.chain.folder,
+                before=before,
+                seeds=self.seeds,
+                stream=self.stream(index),
+                source=self.sources and self.sources(),
+                prompts=prompts,
+                hooks=self.hooks(stage),
+                inputs=self.result.inputs,
+                frame=frame,
+            )
+        )
+        if not isinstance(made, Latents):
+            return Output(made=made)
+        return Output(made, decoder=lambda latents: decode(self.model(stage), latents, tiled=stage.tiled))
 
-def _start(chain: Chain, stage: ImageToImage, model: Model, before: Output | None, stream: str) -> Latents:
-    if stage.start == "handoff" and before is not None and before.latents is not None:
-        # The same run goes on with its stream of noise; its solver's memory is good for the same weights only.
-        same = before.model is not None and before.model.fingerprints["unet"] == model.fingerprints["unet"]
-        return before.latents if same else replace(before.latents, history=())
-    return _clean_latents(chain, stage, model, before, stream)
+    def model(self, stage: Denoising) -> Model:
+        """A stage's model; its fingerprints are kept for the manifest."""
+        size = next(item.size for item in self.plans if item.stage.name == stage.name)
+        model = self.shelf.load(
+            stage.model, stage.borrowed, allow_pickle=stage.allow_pickle, size=size, batch=len(self.seeds)
+        )
+        self.result.models[stage.model] = dict(model.fingerprints)
+        return model
 
+    def imagined(self, stage: Denoising) -> Pair | None:
+        """What Kandinsky's prior makes of the prompts, for its decoders; the prior goes before the decoder comes."""
+        if self.place(stage).system != "kandinsky":
+            return None
+        prior = self.shelf.load_prior((stage.prior or PriorOptions()).model)
+        self.result.models[prior.name] = dict(prior.fingerprints)
+        return imagined(prior, stage, self.seeds, self.chain.folder, self.sources and self.sources())
 
-def _clean_latents(chain: Chain, stage: ImageToImage, model: Model, before: Output | None, stream: str) -> Latents:
-    if stage.image is None and stage.via is None and before is not None and before.latents is not None:
-        return replace(before.latents, stream=stream, history=())
-    pictures = [_file(chain, stage, model)] if stage.image is not None else _pictures(before)
-    return encode_image(model, pictures, seeds=chain.seeds(), stream=stream, posterior=stage.posterior)
+    def place(self, stage: Denoising) -> Source:
+        """Where a stage's model lies."""
+        return self.shelf.find(stage.model, stage.borrowed, weights=False, allow_pickle=stage.allow_pickle)
 
+    def stream(self, index: int) -> str:
+        """Every denoising stage draws its own noise; the first one what a script draws by default."""
+        first = next((i for i, stage in enumerate(self.chain.stages) if isinstance(stage, Denoising)), 0)
+        return "" if index == first else self.chain.stages[index].name
 
-def _inpaint(
-    chain: Chain, stage: Inpaint, model: Model, before: Output | None, stream: str, hooks: list[jobs.Hook]
-) -> Output:
-    originals = [_file(chain, stage, model)] if stage.image is not None else _pictures(before)
-    mask = read_mask(chain.folder / stage.mask)
-    if stage.fit:
-        mask = ImageOps.fit(mask, originals[0].size, Image.Resampling.LANCZOS)
-    latents = jobs.inpaint(model, stage, originals, mask, chain.seeds(), stream, hooks)
-    if not stage.composite or not latents.is_clean:
-        return Output(model, latents, tiled=stage.tiled)
-    painted = decode(model, latents, tiled=stage.tiled)
-    kept = [composite(originals[i % len(originals)], p, mask, stage.mask_blur) for i, p in enumerate(painted)]
-    return Output(model, made=kept)
+    def hooks(self, stage: Stage) -> list[jobs.Hook]:
+        """What looks at every step: the rescue, the progress bar, the film."""
 
+        def remember(step: Step) -> None:
+            self.last[:] = [step]
 
-def _file(chain: Chain, stage: ImageToImage | Inpaint, model: Model) -> Image.Image:
-    picture = read_picture(chain.folder / str(stage.image))
-    side = model.native_size
-    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS) if stage.fit else picture
+        hooks: list[jobs.Hook] = [remember]
+        if (watch := self.watch) is not None:
+            hooks.append(lambda step: watch(stage, step))
+        if self.chain.gif in (True, "steps") and isinstance(stage, Denoising):
+            model = self.model(stage)
+            hooks.append(lambda step: self.result.frames.extend(decode(model, step.preview[:1])))
+        return hooks
 
-
-def _pictures(before: Output | None) -> list[Image.Image]:
-    if before is None:
-        raise BadInput("there is no picture to work on.")
-    return before.pictures()
-
-
-def _hooks(
-    chain: Chain, stage: Stage, shelf: Shelf, watch: Watch | None, last: list[Step], film: list[Image.Image]
-) -> list[jobs.Hook]:
-    def remember(step: Step) -> None:
-        last[:] = [step]
-
-    hooks: list[jobs.Hook] = [remember]
-    if watch is not None:
-        hooks.append(lambda step: watch(stage, step))
-    if chain.gif and isinstance(stage, Denoising):
-        model = shelf.load(stage.model)
-        hooks.append(lambda step: film.append(decode(model, step.preview[:1])[0]))
-    return hooks
-
-
-def _write(chain: Chain, result: Result, folder: Path, film: list[Image.Image], stem: str = "output") -> None:
-    models = {output.model.name: output.model for output in result.outputs.values() if output.model is not None}
-    for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
-        name = claim(folder, stem, ".json")
-        facts = manifest(chain, seed, models, result.notes, result.seconds)
-        text = parameters(chain, seed, picture.size, models)
-        try:
-            for ending in chain.formats:
-                result.files.append(write_atomically(f"{name}.{ending}", encode(picture, ending, text, facts)))
-            if chain.grid:
-                seen = {name: output.pictures()[index] for name, output in result.outputs.items() if output.is_picture}
-                sheet = finish.grid(list(seen.values()), columns=len(seen), labels=list(seen))
-                result.files.append(write_atomically(f"{name}-grid.png", encode(sheet, "png", text, facts)))
-            if chain.gif and index == 0:
-                frames = [finish.resize(frame, size=picture.size) for frame in film]
-                result.files.append(write_atomically(f"{name}.gif", finish.gif([*frames, picture])))
-            write_atomically(f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
-        except BaseException:
-            if not Path(f"{name}.json").stat().st_size:
-                Path(f"{name}.json").unlink()
-            raise
-
-
-def _rescue(chain: Chain, result: Result, last: list[Step], folder: Path | None) -> None:
-    """Write what is there before an error goes on up; a further error must not hide the first."""
-    if folder is None:
-        return
-    finished = [output for output in result.outputs.values() if output.is_picture]
-    if finished and finished[-1] is list(result.outputs.values())[-1]:
-        with suppress(UnrolledError):
-            _write(chain.model_copy(update={"grid": False, "gif": False}), result, folder, [], "unfinished")
-    if last:
-        with suppress(UnrolledError):
-            path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
-            try:
-                last[0].latents.save(path)
-            except UnrolledError:
-                path.unlink(missing_ok=True)
-                raise
-            result.files.append(path)
+    def free(self, index: int, prior: bool = False) -> None:
+        """Let go of every model that the stages from ``index`` on do not need; ``prior`` says if that one's still runs."""
+        if self.keep:
+            return
+        needed = list[Source | str]()
+        for later, stage in enumerate(self.chain.stages[index:]):
+            if isinstance(stage, Denoising):
+                needed.append(source := self.place(stage))
+                if source.system == "kandinsky" and (later or prior):
+                    needed.append((stage.prior or PriorOptions()).model)
+        self.shelf.keep(*needed)
 
 
 @contextmanager

@@ -1,13 +1,12 @@
-"""The only file that reads weights: components from a diffusers-layout folder, safetensors only.
+"""Components of models from a diffusers-layout folder, or from one file that holds them all.
 
-A model folder is untrusted input: classes come from an allow-list, nothing in it is executed, and
-every fault is reported with the file's name.
+What is read is untrusted: classes come from an allow-list, nothing is executed, and every fault is reported with
+the file's name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .errors import BadModel
+from .single_file import convert
+from .weights import Part, read_json, read_tensors, weight_files
 
 COMPONENTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -33,79 +34,31 @@ COMPONENTS = {
 """The components of all systems, and the classes each may be."""
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 256, 65536
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""A VAE's attention before diffusers 0.17, as the files of Stable Diffusion 1.5 still have it."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder.
-
-    Raises:
-        BadModel: missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadModel(f"{path} is missing: the folder is not a complete diffusers model.") from error
-    except (ValueError, OSError) as error:
-        raise BadModel(f"{path} is damaged and cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise BadModel(f"{path} holds a {type(value).__name__} where a JSON object is expected.")
-    return value
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component, headers checked.
-
-    Raises:
-        BadModel: there are none, only pickles, or one is damaged.
-    """
-    if not folder.is_dir():
-        raise BadModel(f"{folder} is missing: the folder is not a complete diffusers model.")
-    every = sorted(folder.glob("*.safetensors"))
-    chosen = [f for f in every if (f".{variant}." in f.name or f".{variant}-" in f.name) == bool(variant)]
-    if variant is None:
-        plain = [f for f in every if f.name.startswith(("diffusion_pytorch_model.safe", "model.safe", "pytorch_model.safe"))]
-        chosen = plain or [f for f in every if "-of-" in f.name and f.name.count(".") == 1]
-    if not chosen:
-        pickles = [f.name for f in folder.iterdir() if f.suffix in _PICKLES]
-        if pickles:
-            raise BadModel(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors."
-            )
-        there = ", ".join(f.name for f in every) or "none"
-        wanted = f'of variant "{variant}" ' if variant else ""
-        raise BadModel(f"{folder} has no safetensors weights {wanted}(found: {there}).")
-    for shard in _shards(folder, variant):
-        if "-of-" in chosen[0].name and not shard.is_file():
-            raise BadModel(f"{shard} is missing: the folder is not a complete diffusers model.")
-    for file in chosen:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                handle.keys()
-        except (SafetensorError, OSError) as error:
-            raise BadModel(f"{file} is damaged and cannot be read as safetensors ({error}).") from error
-    return chosen
-
-
-def _shards(folder: Path, variant: str | None) -> list[Path]:
-    """The files that the index of weights in several files names, if there is one."""
-    ends = f".safetensors.index.{variant}.json" if variant else ".safetensors.index.json"
-    indices = [read_json(file) for file in sorted(folder.glob(f"*{ends}"))]
-    return sorted({folder / Path(name).name for index in indices for name in index.get("weight_map", {}).values()})
-
-
-def component_files(folder: Path, name: str, variant: str | None = None) -> list[Path]:
+def component_files(part: Part) -> list[Path]:
     """The files that make a component what it is: weights and config, or a tokenizer's vocabulary.
 
     Raises:
         BadModel: one is missing or damaged.
     """
-    if name in TOKENIZERS:
-        return sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt"))
-    files = weight_files(folder, variant)
-    read_json(folder / "config.json")
-    return [*files, folder / "config.json"]
+    if part.name in TOKENIZERS:
+        return sorted(f for f in part.folder.glob("*") if f.suffix in (".json", ".txt"))
+    files = weight_files(part)
+    read_json(part.folder / "config.json")
+    return [*files, part.folder / "config.json"]
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    """A component's weights by diffusers' names, mapped into memory."""
+    held = {key: tensor for file in weight_files(part) for key, tensor in read_tensors(file, part.allow_pickle).items()}
+    if part.file is None:
+        return held
+    with _quiet():
+        return convert(held, part.name, read_json(part.folder / "config.json"), part.file)
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -125,60 +78,98 @@ def fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encoder_fingerprint(files: list[Path]) -> str:
-    """A digest of a VAE's encoder weights in half precision, so that fp32 and fp16 files of one VAE agree."""
+def tensor_bytes(part: Part, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that each tensor of a component takes once loaded in ``dtype``; the files are mapped, not read."""
+    sizes = ((name, t.numel(), dtype if t.is_floating_point() else t.dtype) for name, t in _tensors(part).items())
+    return {name: count * kind.itemsize for name, count, kind in sizes}
+
+
+def encoder_fingerprint(part: Part) -> str:
+    """A digest of a VAE's encoder weights in half precision.
+
+    fp32 and fp16 files of one VAE agree, and so do a folder of it and a whole checkpoint that holds it.
+    """
     digests = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for name in sorted(handle.keys()):
-                if name.startswith(("encoder.", "quant_conv.")):
-                    digests[name] = hashlib.sha256(handle.get_tensor(name).half().numpy().tobytes()).digest()
+    for name, tensor in _tensors(part).items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            for old, new in _OLD_NAMES.items():
+                name = name.replace(old, new)
+            digests[name] = hashlib.sha256(tensor.half().contiguous().numpy().tobytes()).digest()
     digest = hashlib.sha256()
     for name in sorted(digests):  # however the weights are spread over files
         digest.update(name.encode() + digests[name])
     return digest.hexdigest()[:16]
 
 
-def read_component(folder: Path, name: str, dtype: torch.dtype, variant: str | None = None) -> Any:
+def read_component(part: Part, dtype: torch.dtype) -> Any:
     """One component on the CPU, in evaluation mode.
 
     Raises:
         BadModel: wrong class, damaged or missing files, or a config that does not fit the weights.
     """
-    if name in TOKENIZERS:
-        return _read_tokenizer(folder)
+    if part.name in TOKENIZERS:
+        return _read_tokenizer(part.folder)
     import diffusers
     import transformers
 
-    library: Any = transformers if name.endswith(("encoder", "encoder_2")) else diffusers
-    weight_files(folder, variant)
-    config = read_json(folder / "config.json")
+    library: Any = transformers if part.name.endswith(("encoder", "encoder_2")) else diffusers
+    files = weight_files(part)
+    config = read_json(part.folder / "config.json")
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
-    if found not in COMPONENTS[name]:
-        raise BadModel(f"{folder} holds {found} where {name} must be {' or '.join(COMPONENTS[name])}.")
-    options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
-    if library is transformers:  # weights of another shape are then in its report; diffusers raises for them
-        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    if found not in COMPONENTS[part.name]:
+        raise BadModel(f"{part.folder} holds {found} where {part.name} must be {' or '.join(COMPONENTS[part.name])}.")
+    misfit = f"{part.folder} cannot be loaded: its config.json does not fit its weights"
+    if part.file:
+        misfit = f"{part.file} does not fit {part.folder / 'config.json'}; give the models it was made from (--models)"
+    kind, pickled = getattr(library, found), files[0].suffix != ".safetensors"
     try:
         with _quiet():
-            model, report = getattr(library, found).from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True, **options
-            )
+            if part.file:
+                model, report = _fill(kind, config, _tensors(part), dtype)
+            else:
+                model, report = _from_folder(kind, part, dtype, pickled)
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(lines[0].split(". If you want")[0].split())
-        raise BadModel(f"{folder} cannot be loaded: its config.json does not fit its weights ({reason}).") from error
+        raise BadModel(f"{misfit} ({reason}).") from error
     faults = {}
-    for kind in ("mismatched_keys", "missing_keys"):
-        if names := sorted(key if isinstance(key, str) else key[0] for key in report[kind] or []):
-            faults[kind] = names
+    for fault in ("mismatched_keys", "missing_keys"):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[fault] or []):
+            faults[fault] = names
     # transformers 4 saved an index buffer that 5 no longer has.
     if extra := [key for key in report["unexpected_keys"] or [] if not key.endswith("position_ids")]:
         faults["unexpected_keys"] = sorted(extra)
-    for kind, names in faults.items():
-        what = f"{len(names)} {kind.replace('_', ' ')}, first {names[0]}"
-        raise BadModel(f"{folder} cannot be loaded: its config.json does not fit its weights ({what}).")
+    for fault, names in faults.items():
+        raise BadModel(f"{misfit} ({len(names)} {fault.replace('_', ' ')}, first {names[0]}).")
     return model.eval().requires_grad_(False)
+
+
+def _from_folder(kind: Any, part: Part, dtype: torch.dtype, pickled: bool) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
+    if kind.__module__.startswith("transformers"):  # weights of another shape are in its report; diffusers raises for them
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    options |= {"local_files_only": True, "variant": part.variant, "output_loading_info": True}
+    model, report = kind.from_pretrained(part.folder, use_safetensors=not pickled, **options)
+    return model, report
+
+
+def _fill(kind: Any, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model with weights that are in memory already, and what of them did not fit."""
+    if kind.__module__.startswith("transformers"):
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = kind.from_pretrained(None, config=kind.config_class(**config), state_dict=tensors, **options)
+        return model, report
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    wanted = model.state_dict()
+    report = {
+        "mismatched_keys": [key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape],
+        "missing_keys": wanted.keys() - tensors.keys(),
+        "unexpected_keys": tensors.keys() - wanted.keys(),
+    }
+    if not any(report.values()):  # copies, so that the file may go
+        model.load_state_dict({key: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}, assign=True)
+    return model, report
 
 
 def _read_tokenizer(folder: Path) -> Any:

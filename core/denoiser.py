@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .conditioning import Conditioning
@@ -103,15 +104,17 @@ class UpscalerDenoiser:
         return self.unet.dtype  # type: ignore[no-any-return]
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
-        """As for :class:`UNetDenoiser`; the timestep is not looked at."""
+        """As for :class:`UNetDenoiser`, but the timestep is not looked at, and sigma 0 is a BadInput."""
         require_conditioning(conditioning, frozenset({"context", "pooled"}))
+        if sigma <= 0.0:
+            raise BadInput("The x2 upscaler is told ln(sigma) and cannot be asked at sigma 0: take a solver that does not.")
         conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
         scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.dtype)
         scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
         pooled = conditioning.pooled
         assert pooled is not None
         # The noise level of the latents to enlarge, 0, as a Fourier feature: 64 cosines, 64 sines.
-        level = torch.cat([torch.ones_like(pooled[:, :1]).expand(-1, 64), torch.zeros_like(pooled[:, :1]).expand(-1, 64)], 1)
+        level = F.pad(pooled.new_ones(len(pooled), 64), (0, 64))
         out = self.unet(
             scaled,
             torch.tensor(0.25 * math.log(sigma), device=x.device),
@@ -168,8 +171,8 @@ def with_channels_of(conditioning: Conditioning, scaled: Tensor, in_channels: in
         scaled = torch.cat([scaled, conditioning.channels], dim=1)
     if scaled.shape[1] != in_channels:
         raise BadInput(
-            f"This UNet takes {in_channels} channels but was given {scaled.shape[1]}: beside the latents an "
-            "inpainting UNet takes 5 (inpaint_channels), the x2 upscaler 4 and the x4 upscaler 3 (upscale_channels)."
+            f"This UNet takes {in_channels} channels but was given {scaled.shape[1]}: beside the latents an inpainting "
+            "UNet takes 5 (inpaint_channels), the x2 upscaler 4 (with_latents) and the x4 upscaler 3 (with_low_res)."
         )
     return scaled
 

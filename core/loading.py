@@ -2,136 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
 
+from ..kernels.attention import require_attention, set_attention
 from ..schedulers.config import read_scheduler
-from .checkpoint import TOKENIZERS, component_files, encoder_fingerprint, fingerprint, read_component, weight_files
-from .denoiser import ConditionalDenoiser, UNetDenoiser, UpscalerDenoiser
+from .checkpoint import TOKENIZERS, component_files, encoder_fingerprint, fingerprint, read_component
 from .errors import BadInput, BadModel
 from .latents import LatentSpace
-from .schedule import Schedule
-from .solver import Solver
-from .source import Source, System, cell, check_classes, find, system_of
+from .memory import WORK, Mode, Need, Offload, Placement, read_need, release
+from .model import Model, Prior
+from .source import Source, check_classes, find
+from .weights import Part
 
+__all__ = ["Model", "Prior", "Shelf", "load", "load_prior", "require_known_device"]
 
-@dataclass(frozen=True, repr=False)
-class Model:
-    """The components of one checkpoint, wired to nothing: the stages do that.
-
-    ``scheduler`` and ``low_res_scheduler`` hold the raw options of the scheduler files, ``index`` those of
-    ``model_index.json``; ``fingerprints`` tell which weights these are. ``vae`` is the MoVQ of Kandinsky.
-    """
-
-    name: str
-    unet: Any
-    vae: Any
-    scheduler: Mapping[str, Any]
-    space: LatentSpace
-    fingerprints: Mapping[str, str]
-    device: torch.device
-    dtype: torch.dtype
-    tokenizer: Any = None
-    text_encoder: Any = None
-    tokenizer_2: Any = None
-    text_encoder_2: Any = None
-    low_res_scheduler: Mapping[str, Any] = field(default_factory=dict)
-    index: Mapping[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"Model({self.name}, {self.device} {dtype}, space=[{self.space}], {self.native_size} px)"
-
-    @property
-    def system(self) -> System:
-        """Which wiring it needs."""
-        return system_of(self.unet.config)
-
-    @property
-    def denoiser(self) -> ConditionalDenoiser:
-        """The UNet as a conditional denoiser."""
-        if self.system == "x2":
-            return UpscalerDenoiser(self.unet)
-        return UNetDenoiser(self.unet, read_scheduler(self.scheduler).kind)
-
-    @property
-    def native_size(self) -> int:
-        """The side in pixels of the pictures the UNet was trained on."""
-        return int(self.unet.config.sample_size) * self.space.downscale
-
-    @property
-    def cell(self) -> int:
-        """What the sides of its pictures must be multiples of."""
-        return cell(self.system, self.space.downscale)
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the UNet takes a mask and a masked picture beside the latents (9 channels)."""
-        return bool(self.unet.config.in_channels == 2 * self.space.channels + 1)
-
-    @property
-    def scored(self) -> bool:
-        """Whether it is conditioned by an aesthetic score, as SDXL's refiner."""
-        return bool(self.index.get("requires_aesthetics_score", False))
-
-    def schedule(self, steps: int, solver: str | None = None, **options: object) -> Schedule:
-        """The checkpoint's own noise levels, or those of another diffusers scheduler.
-
-        Args:
-            steps: 1 to the number of training timesteps.
-            solver: "euler", "dpm++2m", … to take that scheduler's conventions.
-            options: diffusers' scheduler options, e.g. ``use_karras_sigmas=True``.
-        """
-        return read_scheduler(self.scheduler, solver, **options).schedule(steps)
-
-    def solver(
-        self, steps: int, solver: str | None = None, *, eta: float = 0.0, faithful: bool = False, **options: object
-    ) -> Solver:
-        """The checkpoint's own solver, or a named one; arguments as for :meth:`schedule`.
-
-        Args:
-            eta: DDIM's, 0 to 1.
-            faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
-        """
-        return read_scheduler(self.scheduler, solver, **options).solver(steps, eta=eta, faithful=faithful)
-
-
-@dataclass(frozen=True, repr=False)
-class Prior:
-    """Kandinsky's prior: from a prompt, or a picture, to the image embedding that its decoders take.
-
-    ``image_processor`` holds the raw options of ``preprocessor_config.json``.
-    """
-
-    name: str
-    prior: Any
-    tokenizer: Any
-    text_encoder: Any
-    image_encoder: Any
-    image_processor: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    fingerprints: Mapping[str, str]
-    device: torch.device
-    dtype: torch.dtype
-
-    def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"Prior({self.name}, {self.device} {dtype}, embeddings of {self.prior.config.embedding_dim})"
-
-    @property
-    def system(self) -> System:
-        """Which wiring it needs."""
-        return "prior"
-
-    @property
-    def space(self) -> LatentSpace:
-        """Where its embeddings live, seen as latents of one pixel."""
-        width = self.prior.config.embedding_dim
-        return LatentSpace("CLIP image embedding", width, 1, 1.0, self.fingerprints["image_encoder"])
+X4_SCALING = 0.08333
+"""What the x4 upscaler's latents are scaled by, whatever its VAE's config says: not every copy has it, and diffusers
+overrides the rest."""
 
 
 class Shelf:
@@ -142,6 +34,12 @@ class Shelf:
         device, dtype: where and in what precision; by default CUDA in float16 if there is one, else
             the CPU in float32.
         variant, revision: which of the weights in a folder ("fp16"), and which state of a hub repository.
+        offload, vram: where components live; see :class:`Placement`. By default all on the device if they fit.
+        attention: the backend of UNets, VAEs and the prior, by name: "sdpa", "xformers" or "reference"; by default
+            what diffusers gives them.
+
+    Raises:
+        BadInput: an offload, a size of memory or an attention that there is not, or that cannot run on the device.
     """
 
     def __init__(
@@ -151,35 +49,64 @@ class Shelf:
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        *,
+        offload: Offload = "auto",
+        vram: int | str | None = None,
+        attention: str | None = None,
     ) -> None:
         self.models, self.variant, self.revision = models, variant, revision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
+        self.memory = Placement(self.device, offload, vram)
+        require_attention(attention, self.device)
+        self.attention = attention
         self._components: dict[tuple[str, str], Any] = {}
+        self._placed: dict[tuple[str, str], tuple[Need, Mode]] = {}
 
-    def find(self, name: str, components: Mapping[str, str] | None = None, *, weights: bool = True) -> Source:
+    def find(
+        self,
+        name: str,
+        components: Mapping[str, str] | None = None,
+        *,
+        weights: bool = True,
+        allow_pickle: bool = False,
+    ) -> Source:
         """Where a model's components lie, some of them those of other models; see :func:`find`."""
-        source = find(name, self.models, self.variant, self.revision, weights=weights)
+        options = {"weights": weights, "allow_pickle": allow_pickle}
+        source = find(name, self.models, self.variant, self.revision, **options)
         check_classes(source)
-        others = {part: self.find(other, weights=weights) for part, other in (components or {}).items()}
+        others = {part: self.find(other, **options) for part, other in (components or {}).items()}
         return source.borrowing(
             {("movq" if part == "vae" and "movq" in source.parts else part): other for part, other in others.items()}
         )
 
-    def load(self, name: str, components: Mapping[str, str] | None = None) -> Model:
-        """A model by short name, folder or hub id.
+    def load(
+        self,
+        name: str,
+        components: Mapping[str, str] | None = None,
+        *,
+        allow_pickle: bool = False,
+        size: tuple[int, int] | None = None,
+        batch: int = 1,
+    ) -> Model:
+        """A model by short name, folder, hub id, or a whole checkpoint in one file; see :func:`find`.
 
         Args:
             components: whose component to use in place of the model's own: ``{"vae": "sd-1.5"}``.
+            allow_pickle: read pickled weights of this model and those components, tensors only, where there are no
+                safetensors.
+            size, batch: width and height in pixels and number of the pictures that room is planned for; by default
+                one of the model's native size. It limits nothing later.
 
         Raises:
-            BadModel: it cannot be found, is damaged, of another class or not safe to read.
+            BadModel: it cannot be found, is damaged, of another class or not safe to read; BadInput: it does not
+                fit into the memory given.
         """
-        source = self.find(name, components)
+        source = self.find(name, components, allow_pickle=allow_pickle)
         if source.system == "prior":
             raise BadModel(f"{name} is a prior, which makes no picture: a Kandinsky decoder takes it as its prior.")
         read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
-        parts, digests = self._parts(source)
+        parts, digests = self._parts(source, size, batch)
         vae = parts.pop(source.vae)
         return Model(
             name,
@@ -210,27 +137,79 @@ class Shelf:
             dtype=self.dtype,
         )
 
-    def _parts(self, source: Source) -> tuple[dict[str, Any], dict[str, str]]:
+    def placement(self, source: Source, size: tuple[int, int] | None = None, batch: int = 1) -> dict[str, tuple[Need, Mode]]:
+        """What each component of a model takes of the device and where it lives, or would; no weights are read.
+
+        ``peak(shelf.placement(source).values())`` is the memory that the model takes at its worst moment.
+        Arguments and errors as for :meth:`load`.
+        """
+        prior = source.system == "prior"
+        size, downscale = size or ((0, 0) if prior else (source.sizes()[0],) * 2), 1 if prior else source.downscale
+        parts = [source.part(name) for name in source.parts if name not in TOKENIZERS]
+        needs = {_key(part): read_need(part, self.dtype, size, downscale, batch) for part in parts}
+        held = {key: (needs.get(key, need), mode) for key, (need, mode) in self._placed.items()}
+        new = [need for key, need in needs.items() if key not in held]
+        mode = self.memory.mode(source.name, new, list(held.values())) if new else "resident"
+        return {key[0]: held.get(key, (need, mode)) for key, need in needs.items()}
+
+    def keep(self, *models: str | Source) -> int:
+        """Forget every component that none of these models needs, and free it unless somebody still holds it.
+
+        A component that a :class:`Model` in use refers to stays in memory: let go of the model first.
+
+        Args:
+            models: names, or sources where components are borrowed; none to forget everything.
+
+        Returns:
+            The bytes of weights freed.
+        """
+        sources = [self.find(model, weights=False) if isinstance(model, str) else model for model in models]
+        needed = set[tuple[str, str]]()
+        for part in (source.part(name) for source in sources for name in source.parts):
+            with suppress(BadModel):  # not fetched from the hub yet, so not on the shelf
+                needed.add(_key(part))
+        gone = self._components.keys() - needed
+        watched = [(weakref.ref(self._components[key]), self._placed.pop(key)[0]) for key in gone & self._placed.keys()]
+        for key in gone:
+            del self._components[key]
+        release(self.device)
+        return sum(need.weights for component, need in watched if component() is None)
+
+    def _parts(
+        self, source: Source, size: tuple[int, int] | None = None, batch: int = 1
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        placed = self.placement(source, size, batch)
         parts, digests = dict[str, Any](), dict[str, str]()
         for name in source.parts:
-            parts[name], digests[name] = self._component(source.folders[name], name)
+            parts[name], digests[name] = self._component(source.part(name), placed.get(name))
         return parts, digests
 
     def _space(self, source: Source, vae: Any) -> LatentSpace:
+        scaling = 1.0 if source.vae == "movq" else X4_SCALING if source.system == "x4" else vae.config.scaling_factor
         return LatentSpace(
             family=type(vae).__name__,
             channels=vae.config.latent_channels,
             downscale=2 ** (len(vae.config.block_out_channels) - 1),
-            scaling=1.0 if source.vae == "movq" else vae.config.scaling_factor,
-            fingerprint=encoder_fingerprint(weight_files(source.folders[source.vae], self.variant)),
+            scaling=scaling,
+            fingerprint=encoder_fingerprint(source.part(source.vae)),
         )
 
-    def _component(self, folder: Path, name: str) -> tuple[Any, str]:
-        digest = fingerprint(component_files(folder, name, self.variant))
-        if (name, digest) not in self._components:
-            component = read_component(folder, name, self.dtype, self.variant)
-            self._components[name, digest] = component if name in TOKENIZERS else component.to(self.device)
-        return self._components[name, digest], digest
+    def _component(self, part: Part, placed: tuple[Need, Mode] | None) -> tuple[Any, str]:
+        key = _key(part)
+        if key not in self._components:
+            component = read_component(part, self.dtype)
+            if placed is not None:
+                if part.name in WORK or part.name == "prior":
+                    set_attention(component, self.attention)
+                self.memory.put(component, placed[1])
+                self._placed[key] = placed
+            self._components[key] = component
+        return self._components[key], key[1]
+
+
+def _key(part: Part) -> tuple[str, str]:
+    """Equal for components that can stand for each other."""
+    return part.name, fingerprint(component_files(part))
 
 
 def load(
@@ -240,9 +219,10 @@ def load(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> Model:
     """One model; to load several that share components, keep a :class:`Shelf`. Arguments as there."""
-    return Shelf(models, device, dtype, variant, revision).load(name)
+    return Shelf(models, device, dtype, variant, revision).load(name, allow_pickle=allow_pickle)
 
 
 def load_prior(

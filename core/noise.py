@@ -17,7 +17,7 @@ class NoiseSource(Protocol):
     """Draws unit normal noise of ``shape`` (batch first) on the CPU in float32."""
 
     def __call__(self, shape: Sequence[int], purpose: str, step: int = 0, draw: int = 0) -> Tensor:
-        """``purpose`` says what for ("latents", "posterior", "step"); ``draw`` counts within a step."""
+        """``purpose`` says what for ("latents", "posterior", "low resolution", "step"); ``draw`` counts within a step."""
         ...
 
 

@@ -139,7 +139,8 @@ class Schedule:
             return self[index:]
         below = self[sum(level > sigma for level in self.sigmas[:-1]) :]
         timesteps = (timestep_of(sigma, self.training_sigmas), *below.timesteps)
-        return replace(below, sigmas=(sigma, *below.sigmas), timesteps=timesteps, start_std=None)
+        first = max(0, below.first - 1)  # what is left of the step that would have crossed sigma, not one more
+        return replace(below, sigmas=(sigma, *below.sigmas), timesteps=timesteps, start_std=None, first=first)
 
     @property
     def finished_at(self) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from .catalog import CATALOG, MOVED, Entry
-from .checkpoint import COMPONENTS, read_json
-from .errors import BadModel
+from .checkpoint import COMPONENTS, TOKENIZERS
+from .errors import BadModel, Note
+from .hub import CONFIGS, download_file, download_folder, is_model, refuse_single_files
+from .single_file import is_single_file, kind_of, parts_in, scheduler_changes
+from .weights import Part, read_json, read_tensors
 
 MINIATURES = Path(__file__).parent.parent / "miniatures"
 
@@ -18,15 +22,26 @@ System = Literal["sd", "sdxl", "kandinsky", "x2", "x4", "prior"]
 """Which wiring a model needs: Stable Diffusion's, SDXL's (base and refiner), Kandinsky 2.2's decoders, the two
 upscalers', or that of Kandinsky's prior, which makes no picture."""
 
-_CONFIGS = ("scheduler", "low_res_scheduler", "image_processor")
+_LOCAL = (".", "/", "~")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the components of one model lie on this disk."""
+    """Where the components of one model lie on this disk.
+
+    Args:
+        folders: of each component's config, and of its weights where ``files`` has none for it.
+        files: the whole checkpoint in one file that holds a component's weights.
+        changes: what such a file says of its training, over the scheduler's config.
+        variant, allow_pickle: which weights are read; see ``Part``.
+    """
 
     name: str
     folders: Mapping[str, Path]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+    allow_pickle: bool = False
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -53,7 +68,7 @@ class Source:
     @property
     def scheduler(self) -> dict[str, Any]:
         """The raw options of its ``scheduler_config.json``."""
-        return read_json(self.folders["scheduler"] / "scheduler_config.json")
+        return read_json(self.folders["scheduler"] / "scheduler_config.json") | dict(self.changes)
 
     @property
     def low_res_scheduler(self) -> dict[str, Any]:
@@ -71,15 +86,23 @@ class Source:
         """The component that decodes: "vae", or Kandinsky's "movq"."""
         return "movq" if "movq" in self.parts else "vae"
 
+    def part(self, name: str) -> Part:
+        """Where a component lies."""
+        return Part(name, self.folders[name], self.files.get(name), self.variant, self.allow_pickle)
+
     def config(self, part: str) -> dict[str, Any]:
         """A component's ``config.json``."""
         return read_json(self.folders[part] / "config.json")
 
+    @property
+    def downscale(self) -> int:
+        """Pixels to a latent cell, each way."""
+        return int(2 ** (len(self.config(self.vae).get("block_out_channels", [0] * 4)) - 1))
+
     def sizes(self) -> tuple[int, int]:
         """Native side in pixels, and what sides must be multiples of, from the configs alone."""
-        downscale = 2 ** (len(self.config(self.vae).get("block_out_channels", [0] * 4)) - 1)
-        native = int(self.config("unet").get("sample_size", 64)) * downscale
-        return native, cell(self.system, downscale)
+        native = int(self.config("unet").get("sample_size", 64)) * self.downscale
+        return native, cell(self.system, self.downscale)
 
     def borrowing(self, components: Mapping[str, Source]) -> Source:
         """The same model with some components of others in place of its own.
@@ -91,8 +114,10 @@ class Source:
             for model in (self, other):
                 if part not in model.parts:
                     raise BadModel(f"{model.name} has no {part} to share: it is made of {', '.join(model.parts)}.")
-        borrowed = {part: other.folders[part] for part, other in components.items()}
-        return replace(self, folders={**self.folders, **borrowed})
+        folders = {**self.folders, **{part: other.folders[part] for part, other in components.items()}}
+        files = {part: file for part, file in self.files.items() if part not in components}
+        files |= {part: other.files[part] for part, other in components.items() if part in other.files}
+        return replace(self, folders=folders, files=files)
 
 
 def system_of(unet: Mapping[str, Any]) -> System:
@@ -103,6 +128,11 @@ def system_of(unet: Mapping[str, Any]) -> System:
         return "x4"
     kinds: dict[Any, System] = {"text_time": "sdxl", "image": "kandinsky"}
     return kinds.get(unet.get("addition_embed_type"), "sd")
+
+
+def enlarges(system: System) -> int:
+    """How many times as wide as what goes in is what a model of this system makes."""
+    return {"x2": 2, "x4": 4}.get(system, 1)
 
 
 def cell(system: System, downscale: int) -> int:
@@ -116,35 +146,82 @@ def find(
     variant: str | None = None,
     revision: str | None = None,
     *,
-    weights: bool = True,
+    weights: bool | Collection[str] = True,
+    allow_pickle: bool = False,
 ) -> Source:
     """Where a model's components lie: short name, then folder, then hub id.
 
+    A name that ends in .safetensors or .ckpt is a whole checkpoint in one file: a path, one in the folder of models,
+    or with ``models="hub"`` a file of a repository as ``owner/name/file.safetensors``. Its configs, tokenizers and
+    scheduler, and the text encoders or VAE that it lacks, are those of the catalog's model of its kind.
+
     Args:
-        weights: False fetches only the configs from the hub.
+        weights: which components' weights are fetched from the hub; False fetches only the configs (and such a file).
+        allow_pickle: whether pickled weights count, read by torch's loader that takes tensors only.
 
     Raises:
-        BadModel: nothing of that name can be found.
+        BadModel: nothing of that name can be found, or a file is of no known kind.
     """
+    parts = tuple(COMPONENTS) if weights is True else tuple(weights or ())
+    if is_single_file(name):
+        return _single_file(name, models, variant, revision, parts, allow_pickle)
+    return replace(_locate(name, models, variant, revision, parts, allow_pickle), variant=variant, allow_pickle=allow_pickle)
+
+
+def _locate(
+    name: str, models: str, variant: str | None, revision: str | None, weights: Collection[str], allow_pickle: bool
+) -> Source:
     entry = CATALOG.get(name)
     if entry and models == "miniature":
         return _miniature(name, entry)
     if models not in ("miniature", "hub"):
         hub = entry.hub if entry else MOVED.get(name, name)
         places = [Path(models) / name, Path(models) / hub, *([Path(models)] if entry else [])]
-        if held := [folder for folder in places if _is_model(folder)]:
+        if held := [folder for folder in places if is_model(folder)]:
             return _folder(name, held[0])
         if entry:
             raise BadModel(f"{models} holds no model folder {name} or {hub}: put one there or use --models miniature.")
     if entry:
-        return _folder(name, _download(entry.hub, variant, revision, weights))
+        return _folder(name, download_folder(entry.hub, variant, revision, weights, allow_pickle))
     if Path(name).is_dir():
+        if not is_model(Path(name)):
+            refuse_single_files(name, [file.name for file in sorted(Path(name).iterdir())])
         return _folder(name, Path(name))
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith(_LOCAL):
         if models != "hub":
             raise BadModel(f'There is no folder {name} here; if it is a hub id, say so with --models hub (models="hub").')
-        return _folder(name, _download(MOVED.get(name, name), variant, revision, weights))
+        return _folder(name, download_folder(MOVED.get(name, name), variant, revision, weights, allow_pickle))
     raise BadModel(f"There is no model {name!r}: use a folder, a hub id, or one of {', '.join(CATALOG)}.")
+
+
+def _single_file(
+    name: str, models: str, variant: str | None, revision: str | None, weights: Collection[str], allow_pickle: bool
+) -> Source:
+    file = _find_file(name, models, revision, allow_pickle)
+    tensors = read_tensors(file, allow_pickle)
+    kind = kind_of(tensors, file)
+    held = parts_in(tensors, kind)
+    try:
+        base = find(kind, models, variant, weights=[part for part in weights if part not in held])
+    except BadModel as error:
+        raise BadModel(f"{file} is of the kind {kind}, whose configs and tokenizers it needs: {error}") from error
+    if lacking := [part for part in base.parts if part not in (*held, *TOKENIZERS)]:
+        warnings.warn(f"{file.name} holds no {' and no '.join(lacking)}: taken from {kind}.", Note, stacklevel=3)
+    files = {part: file for part in held if part in base.parts}
+    return replace(base, name=name, files=files, changes=scheduler_changes(tensors), allow_pickle=allow_pickle)
+
+
+def _find_file(name: str, models: str, revision: str | None, allow_pickle: bool) -> Path:
+    for file in (Path(name), Path(models) / name):
+        if file.is_file():
+            return file
+    if models != "hub" or name.count("/") < 2 or name.startswith(_LOCAL):
+        raise BadModel(
+            f"There is no file {name}: give a path, or a file of a hub repository as OWNER/NAME/FILE with --models hub."
+        )
+    if not (name.endswith(".safetensors") or allow_pickle):
+        read_tensors(Path(name))  # refuses it before it is fetched
+    return download_file(name, revision)
 
 
 def check_classes(source: Source) -> None:
@@ -162,26 +239,4 @@ def _miniature(name: str, entry: Entry) -> Source:
 
 
 def _folder(name: str, folder: Path) -> Source:
-    return Source(name, {part: folder / part for part in (*COMPONENTS, *_CONFIGS)} | {"index": folder})
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in ("unet", "prior"))
-
-
-def _download(repository: str, variant: str | None, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["model_index.json", *(f"{part}/*.{end}" for part in (*COMPONENTS, *_CONFIGS) for end in ("json", "txt"))]
-    if weights:
-        wanted += [f"{part}/*.{variant}*safetensors" if variant else f"{part}/*.safetensors" for part in COMPONENTS]
-    skipped = None if variant else ["*.fp16.*", "*.fp16-*", "*.non_ema.*"]
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=skipped))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadModel(
-            f"{repository} could not be fetched from the hub ({reason}): check the name and the network, "
-            "or give a folder with --models FOLDER."
-        ) from error
+    return Source(name, {part: folder / part for part in (*COMPONENTS, *CONFIGS)} | {"index": folder})

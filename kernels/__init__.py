@@ -1,25 +1,19 @@
-"""Attention backends: which is in use, and why the others are not. The Triton kernels come later."""
+"""Attention backends: which can run here, and why the others cannot. The Triton kernels come later."""
 
 from __future__ import annotations
-
-from importlib.util import find_spec
 
 import torch
 
 
 def backends() -> dict[str, str]:
-    """Every backend by name, and what is to be said of it here."""
-    return {
-        "sdpa": "in use (torch chooses the inner kernel)",
-        "triton": _unused("triton"),
-        "xformers": _unused("xformers"),
-    }
+    """Every backend by name, and what is to be said of it on this machine's device."""
+    # Not at the top: run from the checkout, transformers takes this folder for Hugging Face's `kernels` and imports it.
+    from .attention import BACKENDS, attention_fault
 
-
-def _unused(package: str) -> str:
-    reasons = ["not wired in yet"]
-    if not torch.cuda.is_available():
-        reasons.append("no CUDA device")
-    if not find_spec(package):
-        reasons.append(f"{package} is not installed")
-    return ", ".join(reasons)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for name, what in BACKENDS.items():
+        fault = attention_fault(name, device)
+        found[name] = f"cannot run: {fault}" if fault else f"can run: {what}"
+    found["sdpa"] += "; the default"
+    return {**found, "triton": "cannot run: there is no kernel of ours yet"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,10 +35,23 @@ SCHEDULER: Final[dict[str, object]] = {
     "trained_betas": None,
 }
 
+# A pipeline's networks: the library and the class of each.
+PARTS: Final[dict[str, tuple[str | None, str | None]]] = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+UNSAFE: Final[dict[str, object]] = {
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+}
 
-def alphas_cumprod() -> Tensor:
+
+def alphas_cumprod(start: float = BETA_START, end: float = BETA_END) -> Tensor:
     """How much of the picture's variance is left at each of the thousand steps."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    betas = torch.linspace(start**0.5, end**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()
 
 
@@ -122,19 +136,20 @@ def save_json(content: object, path: Path) -> None:
     part.replace(path)
 
 
-def save_index(folder: Path, pipeline: str) -> None:
+def save_index(
+    folder: Path,
+    pipeline: str,
+    parts: Mapping[str, tuple[str | None, str | None]] = PARTS,
+    scheduler: Mapping[str, object] = SCHEDULER,
+    settings: Mapping[str, object] = UNSAFE,
+) -> None:
     """The files of a checkpoint that are not networks: `model_index.json` and the scheduler."""
     index = {
         "_class_name": pipeline,
         "_diffusers_version": "0.6.0",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **settings,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        **{name: list(where) for name, where in parts.items()},
     }
     save_json(index, folder / "model_index.json")
-    save_json(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
+    save_json(scheduler, folder / "scheduler" / "scheduler_config.json")

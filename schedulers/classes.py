@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..core.errors import BadInput
 from ..core.prediction import Kind
@@ -22,6 +22,13 @@ from .training import ZERO_SNR, BetaSchedule, sigmas_of, training_alphas
 
 _KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
+
+def _newer_name(prediction_type: object) -> object:
+    return "sample" if prediction_type == "original_sample" else prediction_type
+
+
+PredictionType = Annotated[Literal["epsilon", "v_prediction", "sample"], BeforeValidator(_newer_name)]
+"""The network's, whichever solver is taken: all of ours take all three, where some of diffusers' refuse "sample"."""
 
 _VARIANCES: dict[str, Literal["small", "large", "learned"]] = {
     "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"
@@ -38,13 +45,15 @@ class SchedulerConfig(BaseModel):
 
     name: ClassVar[str]
     snr_floor: ClassVar[float] = ZERO_SNR
+    scales_input: ClassVar[bool] = False
+    """Whether its latents in diffusers are of standard deviation ``sqrt(1 + sigma^2)`` and scaled for the UNet."""
 
     num_train_timesteps: int = Field(1000, ge=1)
     beta_start: float = Field(0.0001, gt=0.0, lt=1.0)
     beta_end: float = Field(0.02, gt=0.0, lt=1.0)
     beta_schedule: BetaSchedule = "linear"
     trained_betas: tuple[float, ...] | None = None
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction_type: PredictionType = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = Field(0, ge=0)
     rescale_betas_zero_snr: bool = False
@@ -179,7 +188,6 @@ class PNDMConfig(SchedulerConfig):
     """``PNDMScheduler``."""
 
     name: ClassVar[str] = "pndm"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     skip_prk_steps: bool = False
     rescale_betas_zero_snr: Literal[False] = False
     set_alpha_to_one: bool = False
@@ -192,7 +200,7 @@ class PNDMConfig(SchedulerConfig):
         sigmas = self.training_sigmas()
         if not self.skip_prk_steps:
             return PNDM(sigmas)
-        if faithful:
+        if faithful and self.kind != "x0":  # which diffusers' refuses
             return DiffusersPLMS(sigmas, self.num_train_timesteps // steps, self._last_sigma(), self.kind)
         return PLMS(self._last_sigma())
 
@@ -208,6 +216,11 @@ class UnCLIPConfig(SchedulerConfig):
     variance_type: Literal["fixed_small_log", "learned_range"] = "fixed_small_log"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
+
+    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
+        if steps < 2:
+            raise BadInput("The steps of unclip begin and end with training's own: use 2 or more, not 1.")
+        return super()._levels(steps)
 
     def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
         """Ancestral Euler."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ..core.schedule import timestep_of
 from ..core.solver import Solver
@@ -46,15 +46,10 @@ class SigmaConfig(SchedulerConfig):
         return "Karras" if self.use_karras_sigmas else super()._spacing_name()
 
 
-def _newer_name(prediction_type: object) -> object:
-    return "sample" if prediction_type == "original_sample" else prediction_type
-
-
 class EulerDiscreteConfig(SigmaConfig):
     """``EulerDiscreteScheduler``."""
 
     name: ClassVar[str] = "euler"
-    prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"], BeforeValidator(_newer_name)] = "epsilon"
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -88,7 +83,6 @@ class EulerAncestralDiscreteConfig(SigmaConfig):
     """``EulerAncestralDiscreteScheduler``."""
 
     name: ClassVar[str] = "euler-ancestral"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     use_karras_sigmas: Literal[False] = False
 
     def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
@@ -115,6 +109,7 @@ class DPMSolverMultistepConfig(SigmaConfig):
     """``DPMSolverMultistepScheduler``, first and second order."""
 
     name: ClassVar[str] = "dpm++2m"
+    scales_input: ClassVar[bool] = False
     solver_order: Literal[1, 2] = 2
     thresholding: Literal[False] = False
     dynamic_thresholding_ratio: float = 0.995

@@ -11,23 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.errors import NonFinite, Note
+from ..core.errors import BadInput, NonFinite, Note
 from ..core.latents import Latents
 from ..core.loading import Model
+from ..core.memory import TILE_FROM
 from .pictures import to_pictures
-
-TILE_FROM = 1536 * 1536
-"""Pictures of more pixels are decoded in tiles unless told otherwise: the decoder's memory grows with them."""
 
 
 def decode(model: Model, latents: Latents, *, tiled: bool | None = None) -> list[Image.Image]:
     """Decode clean latents to 8-bit RGB pictures.
 
     Args:
-        tiled: in overlapping tiles, blended (diffusers' tiling); by default for large pictures only.
+        tiled: in overlapping tiles, blended (diffusers' tiling); by default for large pictures only, and never
+            with Kandinsky's MoVQ, which has no such thing.
 
     Raises:
-        SpaceMismatch: the latents are of another VAE; BadInput: they still hold noise;
+        SpaceMismatch: the latents are of another VAE; BadInput: they still hold noise, or tiles are asked of a MoVQ;
         NonFinite: the decoder gives NaN even in float32.
 
     Warns:
@@ -40,21 +39,25 @@ def decode_tensor(model: Model, latents: Latents, *, tiled: bool | None = None) 
     """As :func:`decode`, but (batch, 3, height, width), about -1 to 1, in float32."""
     model.space.require(latents.space, f"The VAE of {model.name}")
     height, width = latents.size
-    tiled = height * width > TILE_FROM if tiled is None else tiled
+    if tiled and _is_movq(model):
+        raise BadInput(f"The MoVQ of {model.name} cannot decode in tiles: leave tiled out.")
+    tiled = height * width > TILE_FROM and not _is_movq(model) if tiled is None else tiled
     return torch.cat([_decode_one(model, z, tiled) for z in torch.split(latents.unscaled, 1)])
 
 
 def _decode_one(model: Model, z: Tensor, tiled: bool) -> Tensor:
     if not bool(torch.isfinite(z).all()):
         raise NonFinite("The latents to decode hold NaN or infinity: the fault lies in the denoising before.")
+    # Kandinsky's UNet was trained on latents from before the MoVQ's codebook, and its decoder takes them.
+    options = {"force_not_quantize": True} if _is_movq(model) else {}
     with torch.no_grad(), vae_in_safe_precision(model.vae) as vae, _tiling(vae, tiled):
-        pixels: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+        pixels: Tensor = vae.decode(z.to(vae.dtype), return_dict=False, **options)[0].float()
     if bool(torch.isfinite(pixels).all()):
         return pixels
     if model.vae.dtype == torch.float32:
         raise NonFinite("The VAE decoder gave NaN or infinity in float32: its weights or the latents' scale are wrong.")
     with torch.no_grad(), _in_float32(model.vae) as vae, _tiling(vae, tiled):
-        pixels = vae.decode(z.float(), return_dict=False)[0]
+        pixels = vae.decode(z.float(), return_dict=False, **options)[0]
     if not bool(torch.isfinite(pixels).all()):
         raise NonFinite("The VAE decoder gave NaN or infinity in half precision and in float32.")
     warnings.warn(f"The VAE gave NaN in {model.vae.dtype}; the picture was decoded again in float32.", Note, stacklevel=4)
@@ -80,9 +83,13 @@ def _in_float32(vae: Any) -> Iterator[Any]:
         cast(vae, dtype)
 
 
+def _is_movq(model: Model) -> bool:
+    return model.space.family == "VQModel"
+
+
 @contextmanager
 def _tiling(vae: Any, on: bool) -> Iterator[None]:
-    before = vae.use_tiling
+    before = getattr(vae, "use_tiling", False)  # a MoVQ has none
     vae.use_tiling = on
     try:
         yield

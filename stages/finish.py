@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -77,11 +78,10 @@ def gif(pictures: Sequence[Image.Image], seconds: float = 0.12, hold: float = 1.
 
 
 def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """``label`` broken at blanks, and behind hyphens, into lines that fit."""
     lines = [""]
-    for word in label.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
+    for part in re.findall(r"[^\s-]*-+|[^\s-]+\s*|\s+", label):
+        if lines[-1] and font.getlength((lines[-1] + part).strip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.strip() for line in lines)

@@ -31,14 +31,15 @@ def encode_image(
     """Clean latents of pictures, one per seed (one picture serves all seeds).
 
     Args:
-        posterior: "sample" draws from the VAE's posterior, as diffusers does; "mode" takes its mean.
+        posterior: "sample" draws from the VAE's posterior, as diffusers does; "mode" takes its mean. Kandinsky's
+            MoVQ has none: its latents are the same for every seed.
 
     Raises:
-        BadInput: sides are no multiples of the VAE's downscale, or pictures and seeds do not match.
+        BadInput: sides are no multiples of ``model.cell``, or pictures and seeds do not match.
     """
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     for picture in several:
-        require_size(picture.size, model.space.downscale)
+        require_size(picture.size, model.cell)
     tensor = one_per_seed(to_tensor(several), len(seeds))
     source = source or Noise(tuple(seeds), stream)
     return Latents(encode_tensor(model, tensor, posterior, source), model.space, 0.0, tuple(seeds), stream)
@@ -50,13 +51,17 @@ def encode_tensor(
     """(batch, 3, height, width) in [-1, 1] to scaled latents in float32."""
     with torch.no_grad(), vae_in_safe_precision(model.vae) as vae:
         # One picture at a time: the encoder's memory would grow with the batch, its speed would not.
-        parts = [vae.encode(pixel.to(model.device, vae.dtype)).latent_dist for pixel in torch.split(pixels, 1)]
-    mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
-    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        parts = [vae.encode(pixel.to(model.device, vae.dtype)) for pixel in torch.split(pixels, 1)]
+    if model.space.family == "VQModel":
+        x = torch.cat([part.latents for part in parts]).float()
+    else:
+        x = torch.cat([part.latent_dist.mean for part in parts]).float()
+        if posterior == "sample":
+            std = torch.cat([part.latent_dist.std for part in parts]).float()
+            x = x + std * source(x.shape, purpose).to(x)
+    if not bool(torch.isfinite(x).all()):
         raise NonFinite(f"The VAE encoder gave NaN or infinity in {model.vae.dtype}: load the model in float32 or bfloat16.")
-    if posterior == "sample":
-        mean = mean + std * source(mean.shape, purpose).to(mean)
-    return mean * model.space.scaling
+    return x * model.space.scaling
 
 
 def one_per_seed(pixels: Tensor, seeds: int) -> Tensor:

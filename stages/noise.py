@@ -29,7 +29,7 @@ def noise(
     """Pure noise at the schedule's first level, one image per seed.
 
     Args:
-        height, width: in pixels, multiples of the VAE's downscale; by default the model's native size.
+        height, width: in pixels, multiples of ``model.cell``; by default the model's native size.
         stream: another stream of the same seeds, for a further stage.
         source: where the numbers come from instead of the seeds.
 
@@ -38,7 +38,7 @@ def noise(
     """
     space = model.space
     height, width = height or model.native_size, width or model.native_size
-    require_size((width, height), space.downscale, "The size asked for")
+    require_size((width, height), model.cell, "The size asked for")
     source = source or Noise(tuple(seeds), stream)
     unit = source((len(seeds), space.channels, height // space.downscale, width // space.downscale), "latents")
     std = schedule.start_std if schedule.start_std is not None else schedule.sigmas[0]

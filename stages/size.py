@@ -20,7 +20,7 @@ def with_size(
     original: tuple[int, int] | None = None,
     crop: tuple[int, int] = (0, 0),
     target: tuple[int, int] | None = None,
-    aesthetic_score: float = 6.0,
+    aesthetic_score: float | None = None,
 ) -> Conditioning:
     """The conditioning with SDXL's time ids (Podell et al., arXiv:2307.01952, sec. 2.2).
 
@@ -28,16 +28,22 @@ def with_size(
         height, width: of the picture to be painted, in pixels.
         original: (height, width) of the training pictures to be like: small ones were blurred by enlarging.
         crop: (top, left) of where those were cut; (0, 0) keeps things whole and in the middle.
-        target: (height, width), by default the picture's own.
-        aesthetic_score: 1 to 10, which the refiner takes in place of the target; 2.5 is its usual negative.
+        target: (height, width), by default the picture's own; the base's.
+        aesthetic_score: 1 to 10, by default 6, which the refiner takes in place of the target; 2.5 is its
+            usual negative.
 
     Raises:
-        BadInput: the model is not SDXL, or takes another number of such values.
+        BadInput: the model is not SDXL, takes no such value or another number of them, or there is no
+            pooled prompt.
     """
     if model.system != "sdxl":
         raise BadInput(f"{model.name} is not conditioned by size: only SDXL is.")
-    original, target = original or (height, width), target or (height, width)
-    ids = [*original, *crop, *([aesthetic_score] if model.scored else target)]
+    if model.scored and target:
+        raise BadInput(f"{model.name} takes an aesthetic score in place of a target size: leave out the target.")
+    if not model.scored and aesthetic_score is not None:
+        raise BadInput(f"{model.name} takes no aesthetic score, which is for the refiner: leave it out.")
+    score = 6.0 if aesthetic_score is None else aesthetic_score
+    ids = [*(original or (height, width)), *crop, *([score] if model.scored else target or (height, width))]
     pooled, config = conditioning.pooled, model.unet.config
     if pooled is None:
         raise BadInput("Size conditioning stands beside a pooled prompt: encode the prompt with encode_text first.")
@@ -49,3 +55,19 @@ def with_size(
         )
     rows = torch.tensor([ids] * len(conditioning), dtype=torch.float32, device=pooled.device)
     return replace(conditioning, time_ids=rows)
+
+
+def sizes_in_turn(cond: Conditioning, uncond: Conditioning, images: int) -> tuple[Conditioning, Conditioning]:
+    """``cond`` and ``uncond`` with the time ids that diffusers' text-to-image gives a batch (docs/departures.md).
+
+    It repeats the negative's and the positive's row after having put them one behind the other, so that they
+    take turns over unconditional and conditional images alike. Nothing changes for one image.
+
+    Raises:
+        BadInput: there are no time ids.
+    """
+    if cond.time_ids is None or uncond.time_ids is None:
+        raise BadInput("Time ids can take turns only where there are some: use with_size on both conditionings first.")
+    rows = torch.cat([uncond.time_ids[:1], cond.time_ids[:1]]).repeat(images, 1)
+    cond, uncond = cond.expand(images), uncond.expand(images)
+    return replace(cond, time_ids=rows[images:]), replace(uncond, time_ids=rows[:images])

@@ -11,7 +11,6 @@ import torch
 from ..core.conditioning import Conditioning
 from ..core.errors import BadInput, Note
 from ..core.loading import Model, Prior
-from ..core.source import System
 
 Prompts = str | Sequence[str] | None
 
@@ -37,7 +36,8 @@ def encode_text(
         context of shape (prompts, 77 * chunks, width), and what else the system takes.
 
     Raises:
-        BadInput: there is no prompt, clip_skip is more than the encoder has layers, or the model takes no text.
+        BadInput: there is no prompt, there are not as many second ones, clip_skip is more than the encoder has
+            layers to leave out (the prior none), or the model takes no text, or no second one.
 
     Warns:
         Note: what was dropped, by its text.
@@ -47,12 +47,18 @@ def encode_text(
     second = first if prompts_2 is None else [prompts_2] if isinstance(prompts_2, str) else list(prompts_2)
     if not first or len(first) != len(second):
         raise BadInput('Text encoding needs at least one prompt, and as many for a second encoder; the empty prompt is "".')
-    told = [second if tokenizer is getattr(model, "tokenizer_2", None) else first for tokenizer, _ in encoders]
-    if second is not first and len(encoders) < 2:
+    if prompts_2 is not None and len(encoders) < 2:
         raise BadInput(f"{model.name} has one text encoder: leave out the second prompt.")
-    pairs = list(zip(encoders, told, strict=True))
+    if prompts_2 is not None and prompts is None:
+        raise BadInput('A second prompt was given without a first: the empty prompt is "".')
+    pairs = list(zip(encoders, (first, second), strict=False))  # the refiner has the second encoder alone, for the first
+    lost = {} if chunks else {_dropped(pair, prompt): _length(pair) - 2 for pair, texts in pairs for prompt in texts}
+    for dropped, room in lost.items():
+        if dropped:
+            more = f"{room} tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
+            warnings.warn(more, Note, stacklevel=2)
     count = max(_chunks(pair, texts) for pair, texts in pairs) if chunks else 1
-    parts = [_encode(model.system, pair, texts, clip_skip, count) for pair, texts in pairs]
+    parts = [_encode(model, pair, texts, clip_skip, count) for pair, texts in pairs]
     whole = Conditioning(
         context=torch.cat([part.context for part in parts if part.context is not None], dim=-1),
         context_mask=parts[-1].context_mask,
@@ -91,19 +97,16 @@ def _chunks(encoder: Encoder, prompts: Sequence[str]) -> int:
     return max(1, *(-(-len(_ids(encoder[0], prompt)) // room) for prompt in prompts))
 
 
-def _encode(system: System, encoder: Encoder, prompts: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
+def _encode(model: Model | Prior, encoder: Encoder, prompts: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
     """One encoder's part, of as many chunks as asked for; the pooled prompt is the first chunk's."""
-    kept = 1 if system == "sdxl" else 0
-    if not 0 <= clip_skip < (layers := encoder[1].config.num_hidden_layers - kept):
+    layers = encoder[1].config.num_hidden_layers
+    layers = {"sdxl": layers - 1, "prior": 1}.get(model.system, layers)
+    if not 0 <= clip_skip < layers:
         raise BadInput(f"clip_skip goes from 0 to {layers - 1} with this text encoder, got {clip_skip}.")
     room = _length(encoder) - 2
     bodies = [_ids(encoder[0], prompt) for prompt in prompts]
-    for prompt in prompts:
-        if chunks == 1 and (dropped := _dropped(encoder, prompt)):
-            more = f"{room} tokens of the prompt fit; dropped: {dropped!r} (chunks = true encodes it too)."
-            warnings.warn(more, Note, stacklevel=3)
     pieces = [
-        _states(system, encoder, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(chunks)
+        _states(model, encoder, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(chunks)
     ]
     masks = [piece.context_mask for piece in pieces if piece.context_mask is not None]
     return Conditioning(
@@ -113,11 +116,11 @@ def _encode(system: System, encoder: Encoder, prompts: Sequence[str], clip_skip:
     )
 
 
-def _states(system: System, encoder: Encoder, bodies: list[list[int]], clip_skip: int) -> Conditioning:
+def _states(model: Model | Prior, encoder: Encoder, bodies: list[list[int]], clip_skip: int) -> Conditioning:
     """What the system takes of one encoder's answer to 75 tokens a prompt."""
-    (tokenizer, network), length = encoder, _length(encoder)
+    (tokenizer, network), length, system = encoder, _length(encoder), model.system
     rows = [[tokenizer.bos_token_id, *body, tokenizer.eos_token_id] for body in bodies]
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=network.device)
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], device=model.device)
     with torch.no_grad():
         answer = network(ids, output_hidden_states=True, return_dict=True)
         if system == "sdxl":
@@ -125,7 +128,7 @@ def _states(system: System, encoder: Encoder, bodies: list[list[int]], clip_skip
         if system == "x2":
             return Conditioning(context=answer.hidden_states[-1 - clip_skip], pooled=answer.pooler_output)
         if system == "prior":
-            mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows], device=network.device)
+            mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows], device=model.device)
             return Conditioning(context=answer.last_hidden_state, context_mask=mask, pooled=answer.text_embeds)
         if not clip_skip:
             return Conditioning(context=answer.last_hidden_state)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
 from unrolled.core.latents import LatentSpace
-from unrolled.core.loading import Model, load
+from unrolled.core.loading import Model, Prior, load, load_prior
 from unrolled.miniatures.tiny import write_tiny
+from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_prior
+from unrolled.miniatures.tiny_sdxl import write_tiny_sdxl
+from unrolled.miniatures.tiny_upscalers import write_tiny_x2, write_tiny_x4
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +35,90 @@ def tiny(tiny_folder: Path) -> Model:
 @pytest.fixture(scope="session")
 def tiny_inpaint(tiny_inpaint_folder: Path) -> Model:
     return load(str(tiny_inpaint_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_refiner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-refiner", refiner=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tiny_sdxl_folder: Path) -> Model:
+    return load(str(tiny_sdxl_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_refiner(tiny_refiner_folder: Path) -> Model:
+    return load(str(tiny_refiner_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_prior(tmp_path_factory.mktemp("models") / "tiny-prior")
+
+
+@pytest.fixture(scope="session")
+def tiny_kandinsky_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_kandinsky(tmp_path_factory.mktemp("models") / "tiny-kandinsky")
+
+
+@pytest.fixture(scope="session")
+def tiny_kandinsky_inpaint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_kandinsky(tmp_path_factory.mktemp("models") / "tiny-kandinsky-inpaint", inpaint=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_prior(tiny_prior_folder: Path) -> Prior:
+    return load_prior(str(tiny_prior_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_kandinsky(tiny_kandinsky_folder: Path) -> Model:
+    return load(str(tiny_kandinsky_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_kandinsky_inpaint(tiny_kandinsky_inpaint_folder: Path) -> Model:
+    return load(str(tiny_kandinsky_inpaint_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_x2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_x2(tmp_path_factory.mktemp("models") / "tiny-x2")
+
+
+@pytest.fixture(scope="session")
+def tiny_x4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_x4(tmp_path_factory.mktemp("models") / "tiny-x4")
+
+
+@pytest.fixture(scope="session")
+def tiny_x2(tiny_x2_folder: Path) -> Model:
+    return load(str(tiny_x2_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_x4(tiny_x4_folder: Path) -> Model:
+    return load(str(tiny_x4_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def exact() -> Callable[[Any], Any]:
+    """diffusers' UnCLIPScheduler with its coefficients in float64: in float32 it loses 1 - alpha-bar of the last step."""
+
+    def in_float64(scheduler: Any) -> Any:
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        scheduler.alphas = scheduler.alphas_cumprod.clone()
+        scheduler.alphas[1:] /= scheduler.alphas_cumprod[:-1]
+        scheduler.betas = 1 - scheduler.alphas
+        return scheduler
+
+    return in_float64
 
 
 @pytest.fixture

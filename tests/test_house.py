@@ -23,7 +23,7 @@ NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "build", "dist"}
 VALUES = {
     "conditioning", "denoiser", "errors", "files", "guidance", "latents", "noise", "prediction", "schedule", "solver",
 }  # fmt: skip
-LOADING = {"catalog", "checkpoint", "loading"}
+LOADING = {"catalog", "checkpoint", "hub", "loading", "single_file", "source", "weights", "memory", "model"}
 
 GROUND = {"values", "kernels"}
 MAY_IMPORT = {
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "kernels": GROUND,
     "schedulers": {"values", "schedulers"},
     "loop": {"values", "loop"},
-    "loading": {"values", "schedulers", "loading"},
+    "loading": {*GROUND, "schedulers", "loading"},
     "stages": {*GROUND, "schedulers", "loop", "loading", "stages"},
     "chains": {*GROUND, "schedulers", "loop", "loading", "stages", "chains"},
     "miniatures": {*GROUND, "schedulers", "loop", "loading", "stages", "chains", "miniatures"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from unrolled.core.loop import denoise, steps
 from unrolled.core.prediction import Prediction
 from unrolled.core.schedule import Schedule
 from unrolled.core.solver import Solver
-from unrolled.schedulers.config import read_scheduler
+from unrolled.schedulers.config import SOLVERS, read_scheduler
 from unrolled.schedulers.faithful import DiffusersPLMS
 from unrolled.stages.noise import noise
+from unrolled.stages.size import with_size
 from unrolled.stages.text import encode_text
 
 STEPS = 12
@@ -51,13 +53,20 @@ Setting = tuple[Denoiser, Latents, Schedule, Solver]
 
 @pytest.fixture
 def setting(tiny: Model) -> Callable[..., Setting]:
-    cond = encode_text(tiny, "a red apple")
-
-    def build(name: str, options: dict[str, Any], more: dict[str, Any], seeds: tuple[int, ...] = (7,)) -> Setting:
-        config = read_scheduler(tiny.scheduler, name, **options)
-        schedule = config.schedule(STEPS)
-        denoiser = conditioned(UNetDenoiser(tiny.unet, config.kind), cond)
-        return denoiser, noise(tiny, schedule, 32, 32, seeds), schedule, config.solver(STEPS, **more)
+    def build(
+        name: str,
+        options: dict[str, Any],
+        more: dict[str, Any],
+        seeds: tuple[int, ...] = (7,),
+        *,
+        model: Model = tiny,
+        count: int = STEPS,
+    ) -> Setting:
+        config, cond = read_scheduler(model.scheduler, name, **options), encode_text(model, "a red apple")
+        schedule = config.schedule(count)
+        cond = with_size(model, cond, 32, 32) if model.system == "sdxl" else cond
+        denoiser = conditioned(UNetDenoiser(model.unet, config.kind), cond)
+        return denoiser, noise(model, schedule, 32, 32, seeds), schedule, config.solver(count, **more)
 
     return build
 
@@ -77,6 +86,28 @@ def test_split_anywhere(
         assert torch.equal(end.x, whole[-1].x), f"split at {at} of {STEPS}"
     before, _ = schedule.split(5)
     assert torch.equal(denoise(denoiser, start, before, solver).x, whole[5].x)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "unclip"])
+def test_one_sdxl_model_as_base_and_refiner(name: str, tiny_sdxl: Model, setting: Callable[..., Setting]) -> None:
+    """Handed on at every step by its noise level alone, as ``start = "handoff"`` does.
+
+    That one step gives the same bits and the same memories is enough: the next starts from them.
+    """
+    denoiser, start, schedule, solver = setting(name, {}, {}, model=tiny_sdxl, count=20)
+    whole = [start, *(step.latents for step in steps(denoiser, start, schedule, solver))]
+    assert len(whole) == 21
+    for at, (stopped, following) in enumerate(pairwise(whole)):
+        after = schedule.starting_at(stopped.sigma)
+        assert after == schedule[at:]
+        on = denoise(denoiser, stopped, after[:1], solver)
+        assert torch.equal(on.x, following.x), f"split at {at} of 20"
+        assert len(on.history) == len(following.history)
+        for mine, theirs in zip(on.history, following.history, strict=True):
+            assert mine.sigma == theirs.sigma
+            assert torch.equal(mine.x, theirs.x)
+            assert torch.equal(mine.x0, theirs.x0)
+    assert torch.equal(denoise(denoiser, whole[16], schedule.starting_at(whole[16].sigma), solver).x, whole[-1].x)
 
 
 @pytest.mark.parametrize(("name", "options", "more"), [case for case in CASES if case[0] in ("pndm", "dpm++2m")])

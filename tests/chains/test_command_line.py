@@ -83,7 +83,7 @@ def test_interrupts(
     def stop(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("unrolled.chains.run._run", stop)
+    monkeypatch.setattr("unrolled.chains.run.Runner.run", stop)
     assert unrolled(monkeypatch, "run", "text-to-image", "--output", str(tmp_path)) == code
     printed = capsys.readouterr().err
     assert "Traceback" not in printed

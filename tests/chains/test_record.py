@@ -4,34 +4,35 @@ import io
 import json
 
 import pytest
+import torch
 from PIL import Image
 from sd_parsers import ParserManager
 from unrolled.chains.chain import Chain, ImageToImage, TextToImage
-from unrolled.chains.record import encode, manifest, parameters
+from unrolled.chains.record import Machine, encode, manifest, parameters
 from unrolled.core.loading import Model
 
 
-def test_parameters_text(tiny: Model) -> None:
+def test_parameters_text() -> None:
     stage = ImageToImage(
         model="m", prompt="a castle, 8k", negative_prompt="blurry", steps=12, solver="dpm++2m", strength=0.5,
         scheduler={"use_karras_sigmas": True}, guidance_scale=6.5, image="x.png",
     )  # fmt: skip
-    text = parameters(Chain(stages=(stage,)), 7, (64, 48), {"m": tiny})
+    text = parameters(Chain(stages=(stage,)), 7, (64, 48))
     first, second, third = text.splitlines()
     assert (first, second) == ("a castle, 8k", "Negative prompt: blurry")
     assert third.startswith("Steps: 12, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 7, Size: 64x48, Model: m, ")
     assert "Denoising strength: 0.5" in third
 
 
-def test_values_with_commas_are_quoted(tiny: Model) -> None:
-    text = parameters(Chain(stages=(TextToImage(model="a, b"),)), 0, (8, 8), {})
+def test_values_with_commas_are_quoted() -> None:
+    text = parameters(Chain(stages=(TextToImage(model="a, b"),)), 0, (8, 8))
     assert 'Model: "a, b"' in text
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_an_independent_reader_finds_them(ending: str, tiny: Model) -> None:
+def test_an_independent_reader_finds_them(ending: str) -> None:
     stage = TextToImage(model="m", prompt="ein Schloß", negative_prompt="blurry", steps=9, solver="euler")
-    text = parameters(Chain(stages=(stage,)), 3, (64, 64), {"m": tiny})
+    text = parameters(Chain(stages=(stage,)), 3, (64, 64))
     data = encode(Image.new("RGB", (64, 64)), ending, text, {"some": "facts"})
     found = ParserManager().parse(io.BytesIO(data))
     assert found is not None
@@ -43,7 +44,9 @@ def test_an_independent_reader_finds_them(ending: str, tiny: Model) -> None:
 
 def test_png_holds_the_manifest(tiny: Model) -> None:
     chain = Chain(stages=(TextToImage(model="m", prompt="ß"),), batch=3)
-    facts = manifest(chain, 2, {"m": tiny}, ["a note"], {"text-to-image": 1.0})
+    facts = manifest(
+        chain, 2, {"m": tiny.fingerprints}, Machine(torch.device("cpu"), torch.float32), ["a note"], {"text-to-image": 1.0}
+    )
     image = Image.open(io.BytesIO(encode(Image.new("RGB", (8, 8)), "png", "", facts)))
     read = json.loads(image.info["unrolled"])
     assert read["chain"]["seed"] == 2

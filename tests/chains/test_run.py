@@ -180,7 +180,7 @@ def test_a_rescue_that_fails_does_not_hide_the_fault(
     def full(*_: object) -> None:
         raise CannotWrite("the disk is full")
 
-    monkeypatch.setattr("unrolled.chains.run.claim", full)
+    monkeypatch.setattr("unrolled.chains.outputs.claim", full)
     with pytest.raises(NonFinite, match="NaN in step 3"):
         run(two, shelf, tmp_path, failing_at("second", NonFinite("NaN in step 3")))
 
@@ -196,10 +196,10 @@ def test_a_batch_too_large_for_memory_is_run_in_parts(
 ) -> None:
     real = jobs.text_to_image
 
-    def small(model: object, spec: object, seeds: tuple[int, ...], *rest: object) -> object:
+    def small(model: object, spec: object, seeds: tuple[int, ...], *rest: object, **more: object) -> object:
         if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, spec, seeds, *rest)  # type: ignore[arg-type]
+        return real(model, spec, seeds, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(jobs, "text_to_image", small)
     result = run(Chain(stages=(text,), batch=5), shelf, tmp_path)
@@ -211,7 +211,7 @@ def test_a_batch_too_large_for_memory_is_run_in_parts(
 def test_one_image_too_large_for_memory(
     shelf: Shelf, text: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object) -> object:
+    def never(*_: object, **__: object) -> object:
         raise MemoryError
 
     monkeypatch.setattr(jobs, "text_to_image", never)

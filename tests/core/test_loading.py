@@ -196,7 +196,7 @@ def test_gone_hub_ids_lead_to_where_their_models_went(monkeypatch: pytest.Monkey
         asked.append((repository, variant, revision))
         return Path("somewhere")
 
-    monkeypatch.setattr(source, "_download", download)
+    monkeypatch.setattr(source, "download_folder", download)
     assert find(old, "hub", "fp16", "main").folders["unet"] == Path("somewhere/unet")
     assert asked == [(new, "fp16", "main")]
     assert new in {entry.hub for entry in CATALOG.values()}
@@ -300,7 +300,7 @@ UNREADABLE = "is damaged and cannot be read as"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("unet"), rf"unet {INCOMPLETE}"),
+        (remove("unet"), rf"unet/config\.json {INCOMPLETE}"),
         (remove("vae"), rf"vae {INCOMPLETE}"),
         (remove("tokenizer"), rf"tokenizer/vocab\.json {INCOMPLETE}"),
         (remove("tokenizer/vocab.json"), rf"tokenizer/vocab\.json {INCOMPLETE}"),

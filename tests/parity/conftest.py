@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ def scheduler_of(tiny: Model) -> Callable[..., Any]:
 
     def build(name: str, **options: object) -> Any:
         return getattr(diffusers, CLASSES[name]).from_config({**tiny.scheduler, **options})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def sdxl_pipeline(tiny_sdxl: Model, tiny_sdxl_folder: Path, tiny_refiner_folder: Path) -> Callable[..., Any]:
+    """diffusers' SDXL pipeline of a class ("", "Img2Img", "Inpaint") on the tiny base or refiner, with a solver of ours."""
+    folders = {False: tiny_sdxl_folder, True: tiny_refiner_folder}
+
+    @cache
+    def load(name: str, refiner: bool) -> Any:
+        return _quiet(getattr(diffusers, name).from_pretrained(folders[refiner], use_safetensors=True))
+
+    def build(kind: str, solver: str = "euler", *, refiner: bool = False, **options: object) -> Any:
+        pipeline = load(f"StableDiffusionXL{kind}Pipeline", refiner)
+        pipeline.scheduler = getattr(diffusers, CLASSES[solver]).from_config({**tiny_sdxl.scheduler, **options})
+        return pipeline
 
     return build
 

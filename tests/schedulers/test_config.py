@@ -58,8 +58,6 @@ def test_every_option_of_diffusers_is_known_with_its_default(name: str) -> None:
             ("DDPMScheduler", {"variance_type": kind}, f"variance_type = '{kind}'")
             for kind in ("fixed_large_log", "learned", "learned")
         ),
-        ("PNDMScheduler", {"prediction_type": "sample"}, "prediction_type = 'sample'"),
-        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, "prediction_type = 'sample'"),
         ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
         ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
         ("EulerDiscreteScheduler", {"timestep_type": "integer"}, "timestep_type = 'integer'"),

@@ -94,6 +94,31 @@ def test_a_part_of_a_part_counts_from_the_whole(twenty: Schedule) -> None:
     assert part.origin == twenty.origin
 
 
+@pytest.mark.parametrize("at", range(20))
+@pytest.mark.parametrize("off", [1.0, 1 + 0.9e-4, 1 - 0.9e-4])
+def test_starting_at_a_level_of_its_own(at: int, off: float, twenty: Schedule) -> None:
+    assert twenty.starting_at(twenty.sigmas[at] * off) == twenty[at:]
+
+
+@pytest.mark.parametrize(("sigma", "above"), [(11.5, 0), (5.0, 4), (1.0, 12), (0.02, 20)])
+def test_starting_between_its_levels(sigma: float, above: int, twenty: Schedule) -> None:
+    """What is left of the step that crosses the level comes first; it is that step, not one more."""
+    left = twenty.starting_at(sigma)
+    assert sum(level > sigma for level in twenty.sigmas) == above
+    assert left.sigmas == (sigma, *twenty.sigmas[above:])
+    assert left.timesteps == (timestep_of(sigma, twenty.training_sigmas), *twenty.timesteps[above:])
+    assert (left.first, left.start_std, left.finished_at) == (max(0, above - 1), None, twenty.finished_at)
+    assert left.first + len(left) == max(20, 21 - above)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan])
+def test_nothing_is_left_below_the_last_level(sigma: float, twenty: Schedule) -> None:
+    with pytest.raises(BadInput, match=r"^Nothing is left of Schedule\(20 steps, .*\) below sigma (nan|-?\d)"):
+        twenty.starting_at(sigma)
+    with pytest.raises(BadInput, match=r"^Nothing is left of Schedule\(9 steps, .* below sigma 1\.6\.$"):
+        twenty[:9].starting_at(1.6)
+
+
 @pytest.mark.parametrize("part", [slice(None, None, 2), slice(None, None, -1), slice(7, 3)])
 def test_only_a_run_of_steps_can_be_cut(part: slice) -> None:
     with pytest.raises(BadInput, match=r"^A schedule can be cut to a run of steps, not to \["):

@@ -1,0 +1,52 @@
+"""Whether a stage and its model go together, and whether every option it was given has an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..core.errors import BadInput
+from ..core.source import Source
+from .chain import Denoising, Inpaint, Upscale
+
+
+def require_fit(stage: Denoising, source: Source) -> None:
+    """Raise BadInput where the model cannot do what the stage is to do, or an option would have no effect."""
+    for wrong in _unfit(stage, source):
+        raise BadInput(wrong)
+    for option in _idle(stage, source):
+        raise BadInput(f"{option} has no effect with {stage.model}: leave it out, or take another model.")
+
+
+def require_prior(source: Source) -> None:
+    """Raise BadInput unless this is Kandinsky's prior."""
+    if source.system != "prior":
+        raise BadInput(f"{source.name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
+
+
+def _unfit(stage: Denoising, source: Source) -> Iterator[str]:
+    upscaler = source.system in ("x2", "x4")
+    if source.system == "prior":
+        yield f"{stage.model} is a prior, which makes no picture: name a Kandinsky decoder as the model."
+    elif isinstance(stage, Upscale) and not upscaler:
+        yield f"{stage.model} is no upscaler: use x2-latent-upscaler or x4-upscaler."
+    elif upscaler and not isinstance(stage, Upscale):
+        yield f'{stage.model} is an upscaler, which cannot do {stage.do}: say do = "upscale".'  # type: ignore[attr-defined]
+    elif not isinstance(stage, Inpaint | Upscale) and source.config("unet").get("in_channels", 4) == 9:
+        yield f'{stage.model} is an inpainting model: say do = "inpaint", or take another one.'
+
+
+def _idle(stage: Denoising, source: Source) -> Iterator[str]:
+    """Options given that this system does not look at."""
+    two = "text_encoder" in source.parts and "text_encoder_2" in source.parts
+    given = {
+        "prior": (stage.prior, source.system == "kandinsky"),
+        "size": (stage.size, source.system == "sdxl"),
+        "negative_size": (stage.negative_size, source.system == "sdxl"),
+        "prompt_2": (stage.prompt_2, two),
+        "negative_prompt_2": (stage.negative_prompt_2, two),
+        "clip_skip": (stage.clip_skip, source.system != "kandinsky"),
+        "chunks": (stage.chunks, source.system != "kandinsky"),
+    }
+    if isinstance(stage, Upscale):
+        given["noise_level"] = (stage.noise_level, source.system == "x4")
+    yield from (name for name, (value, heeded) in given.items() if value and not heeded)

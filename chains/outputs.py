@@ -1,0 +1,117 @@
+"""What a run makes: pictures, latents, files, and what is saved when it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..core.errors import UnrolledError
+from ..core.files import claim, write_atomically
+from ..core.latents import Latents
+from ..core.loop import Step
+from ..stages import finish
+from .chain import Chain
+from .record import Machine, encode, manifest, parameters
+
+
+@dataclass
+class Output:
+    """What a stage made: latents, or pictures, or both; pictures are decoded when first asked for."""
+
+    latents: Latents | None = None
+    made: list[Image.Image] = field(default_factory=list)
+    decoder: Callable[[Latents], list[Image.Image]] | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether there is a picture to see: not for a run that was stopped while still noisy."""
+        return bool(self.made) or (self.latents is not None and self.latents.is_clean)
+
+    def pictures(self) -> list[Image.Image]:
+        """As many as there are seeds."""
+        if not self.made and self.decoder is not None and self.latents is not None:
+            self.made = self.decoder(self.latents)
+        return self.made
+
+
+@dataclass
+class Result:
+    """A finished run: the pictures of each stage, and the files written.
+
+    Args:
+        inputs: picture files that went in, by name.
+        frames: of the first image's animation.
+        models: fingerprints of the weights of every model that was used.
+    """
+
+    outputs: dict[str, Output] = field(default_factory=dict)
+    inputs: dict[str, Image.Image] = field(default_factory=dict)
+    frames: list[Image.Image] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    models: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The last stage's, one per seed."""
+        return list(self.outputs.values())[-1].pictures()
+
+
+def write(chain: Chain, result: Result, machine: Machine, folder: Path, stem: str = "output") -> None:
+    """Write what the chain asks for, one set of files per image; nothing is overwritten."""
+    for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
+        name = claim(folder, stem, ".json")
+        facts = manifest(chain, seed, result.models, machine, result.notes, result.seconds)
+        text = parameters(chain, seed, picture.size)
+        try:
+            for ending in chain.formats:
+                result.files.append(write_atomically(f"{name}.{ending}", encode(picture, ending, text, facts)))
+            if chain.grid:
+                result.files.append(write_atomically(f"{name}-grid.png", encode(sheet(result, index), "png", text, facts)))
+            if chain.gif and index == 0:
+                frames = [finish.resize(frame, size=picture.size) for frame in [*result.frames, picture]]
+                result.files.append(write_atomically(f"{name}.gif", finish.gif(frames)))
+            write_atomically(f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        except BaseException:
+            if not Path(f"{name}.json").stat().st_size:
+                Path(f"{name}.json").unlink()
+            raise
+
+
+def sheet(result: Result, index: int = 0) -> Image.Image:
+    """What went into one image and every stage's picture of it, side by side and equally high."""
+    seen = {Path(name).stem: picture for name, picture in result.inputs.items()} | {
+        name: output.pictures()[index] for name, output in result.outputs.items() if output.is_picture
+    }
+    high = max(picture.height for picture in seen.values())
+    same = len({picture.size for picture in seen.values()}) == 1
+    labels = [name if same else f"{name} {picture.width}x{picture.height}" for name, picture in seen.items()]
+    alike = [
+        picture if picture.height == high else finish.resize(picture, high / picture.height) for picture in seen.values()
+    ]
+    return finish.grid(alike, columns=len(alike), labels=labels)
+
+
+def rescue(chain: Chain, result: Result, machine: Machine, last: Sequence[Step], folder: Path | None) -> None:
+    """Write what is there before an error goes on up; a further error must not hide the first."""
+    if folder is None:
+        return
+    finished = [output for output in result.outputs.values() if output.is_picture]
+    if finished and finished[-1] is list(result.outputs.values())[-1]:
+        with suppress(UnrolledError):
+            write(chain.model_copy(update={"grid": False, "gif": False}), result, machine, folder, "unfinished")
+    if last:
+        with suppress(UnrolledError):
+            path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
+            try:
+                last[0].latents.save(path)
+            except UnrolledError:
+                path.unlink(missing_ok=True)
+                raise
+            result.files.append(path)

@@ -1,0 +1,131 @@
+"""What one checkpoint is made of, once it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..schedulers.config import read_scheduler
+from .denoiser import ConditionalDenoiser, UNetDenoiser, UpscalerDenoiser
+from .latents import LatentSpace
+from .schedule import Schedule
+from .solver import Solver
+from .source import System, cell, system_of
+
+
+@dataclass(frozen=True, repr=False)
+class Model:
+    """The components of one checkpoint, wired to nothing: the stages do that.
+
+    ``scheduler`` and ``low_res_scheduler`` hold the raw options of the scheduler files, ``index`` those of
+    ``model_index.json``; ``fingerprints`` tell which weights these are. ``vae`` is the MoVQ of Kandinsky.
+    """
+
+    name: str
+    unet: Any
+    vae: Any
+    scheduler: Mapping[str, Any]
+    space: LatentSpace
+    fingerprints: Mapping[str, str]
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Any = None
+    text_encoder: Any = None
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
+    low_res_scheduler: Mapping[str, Any] = field(default_factory=dict)
+    index: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Model({self.name}, {self.device} {dtype}, space=[{self.space}], {self.native_size} px)"
+
+    @property
+    def system(self) -> System:
+        """Which wiring it needs."""
+        return system_of(self.unet.config)
+
+    @property
+    def denoiser(self) -> ConditionalDenoiser:
+        """The UNet as a conditional denoiser."""
+        if self.system == "x2":
+            return UpscalerDenoiser(self.unet)
+        return UNetDenoiser(self.unet, read_scheduler(self.scheduler).kind)
+
+    @property
+    def native_size(self) -> int:
+        """The side in pixels of the pictures the UNet was trained on."""
+        return int(self.unet.config.sample_size) * self.space.downscale
+
+    @property
+    def cell(self) -> int:
+        """What the sides of its pictures must be multiples of."""
+        return cell(self.system, self.space.downscale)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet takes a mask and a masked picture beside the latents (9 channels)."""
+        return bool(self.unet.config.in_channels == 2 * self.space.channels + 1)
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is conditioned by an aesthetic score, as SDXL's refiner."""
+        return bool(self.index.get("requires_aesthetics_score", False))
+
+    def schedule(self, steps: int, solver: str | None = None, **options: object) -> Schedule:
+        """The checkpoint's own noise levels, or those of another diffusers scheduler.
+
+        Args:
+            steps: 1 to the number of training timesteps.
+            solver: "euler", "dpm++2m", … to take that scheduler's conventions.
+            options: diffusers' scheduler options, e.g. ``use_karras_sigmas=True``.
+        """
+        return read_scheduler(self.scheduler, solver, **options).schedule(steps)
+
+    def solver(
+        self, steps: int, solver: str | None = None, *, eta: float = 0.0, faithful: bool = False, **options: object
+    ) -> Solver:
+        """The checkpoint's own solver, or a named one; arguments as for :meth:`schedule`.
+
+        Args:
+            eta: DDIM's, 0 to 1.
+            faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
+        """
+        return read_scheduler(self.scheduler, solver, **options).solver(steps, eta=eta, faithful=faithful)
+
+
+@dataclass(frozen=True, repr=False)
+class Prior:
+    """Kandinsky's prior: from a prompt, or a picture, to the image embedding that its decoders take.
+
+    ``image_processor`` holds the raw options of ``preprocessor_config.json``.
+    """
+
+    name: str
+    prior: Any
+    tokenizer: Any
+    text_encoder: Any
+    image_encoder: Any
+    image_processor: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Prior({self.name}, {self.device} {dtype}, embeddings of {self.prior.config.embedding_dim})"
+
+    @property
+    def system(self) -> System:
+        """Which wiring it needs."""
+        return "prior"
+
+    @property
+    def space(self) -> LatentSpace:
+        """Where its embeddings live, seen as latents of one pixel."""
+        width = self.prior.config.embedding_dim
+        return LatentSpace("CLIP image embedding", width, 1, 1.0, self.fingerprints["image_encoder"])

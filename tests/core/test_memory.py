@@ -1,0 +1,415 @@
+import gc
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from unrolled.core import memory
+from unrolled.core.conditioning import Conditioning
+from unrolled.core.errors import BadInput
+from unrolled.core.loading import Model, Prior, Shelf
+from unrolled.core.memory import Need, Placement, choose, peak, read_bytes, read_need, show_bytes
+from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_prior
+from unrolled.stages.decode import decode_tensor
+from unrolled.stages.image import encode_image
+from unrolled.stages.noise import add_noise, unit_noise
+from unrolled.stages.prior import embed_image, imagine
+from unrolled.stages.text import encode_text
+
+CPU = torch.device("cpu")
+MODES: tuple[memory.Mode, ...] = ("resident", "model", "layer")
+TEXT, UNET, VAE = Need("text_encoder", 200, 50, 1), Need("unet", 1000, 30, 100), Need("vae", 100, 10, 400)
+
+
+@pytest.fixture(scope="module")
+def kandinsky(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("kandinsky")
+    return write_tiny_kandinsky(folder / "decoder"), write_tiny_prior(folder / "prior")
+
+
+# --- what is planned
+
+
+def test_the_worst_moment_of_each_mode() -> None:
+    assert peak([]) == 0
+    assert peak([(need, "resident") for need in (TEXT, UNET, VAE)]) == 200 + 1000 + 100 + 400
+    assert peak([(need, "model") for need in (TEXT, UNET, VAE)]) == 1000 + 100
+    assert peak([(need, "layer") for need in (TEXT, UNET, VAE)]) == 400 + 10
+
+
+def test_a_component_of_another_model_stays_while_this_one_runs() -> None:
+    assert peak([(UNET, "resident"), (TEXT, "model"), (VAE, "layer")]) == 1000 + max(200 + 100, 200 + 1, 200 + 400 + 10)
+
+
+@pytest.mark.parametrize(
+    ("budget", "mode"), [(1700, "resident"), (1699, "model"), (1100, "model"), (1099, "layer"), (410, "layer")]
+)
+def test_the_fastest_mode_that_fits_is_chosen(budget: int, mode: str) -> None:
+    assert choose("sd", [TEXT, UNET, VAE], [], budget) == mode
+
+
+def test_what_is_held_counts() -> None:
+    held: list[tuple[Need, memory.Mode]] = [(TEXT, "resident"), (VAE, "resident")]
+    assert choose("sd", [UNET], held, 1700) == "resident"
+    assert choose("sd", [UNET, UNET], held, 1700) == "model"
+
+
+def test_what_fits_in_no_mode_is_told_with_what_it_needs() -> None:
+    big = [Need(n.part, n.weights * 2**20, n.layer * 2**20, n.work * 2**20) for n in (TEXT, UNET, VAE)]
+    with pytest.raises(
+        BadInput, match=r"sd-1\.5 does not fit into 300 MiB of device memory: it needs 410 MiB layer by layer, "
+    ) as error:
+        choose("sd-1.5", big, [], 300 * 2**20)
+    assert "1.1 GiB component by component, 1.7 GiB all at once: raise --vram" in str(error.value)
+    with pytest.raises(BadInput, match=r"2.0 GiB of it held by models loaded before \(Shelf.keep frees them\)"):
+        choose("sd-1.5", big, [(Need("unet", 2 * 2**30, 1, 1), "resident")], 300 * 2**20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_needs_are_those_of_the_loaded_components(tiny_folder: Path, dtype: torch.dtype) -> None:
+    shelf = Shelf(device="cpu", dtype=dtype)
+    source = shelf.find(str(tiny_folder))
+    model = shelf.load(str(tiny_folder))
+    for part in ("text_encoder", "unet", "vae"):
+        network = getattr(model, part)
+        upcast = 2 if dtype == torch.float16 and part == "vae" else 1  # it runs in float32
+        need = read_need(source.part(part), dtype)
+        assert need.weights == upcast * sum(p.numel() * p.element_size() for p in network.parameters())
+        own = [sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in network.modules()]
+        assert need.layer == upcast * max(own)
+
+
+def test_work_grows_with_the_pictures(tiny_folder: Path) -> None:
+    source = Shelf(device="cpu").find(str(tiny_folder))
+
+    def work(part: str, size: tuple[int, int] = (64, 64), batch: int = 1) -> int:
+        return read_need(source.part(part), torch.float32, size, 8, batch).work
+
+    assert work("unet") == 32 * 2 * 8 * 8 * 32 * 4
+    assert (work("unet", (128, 64)), work("unet", batch=3)) == (2 * work("unet"), 3 * work("unet"))
+    assert work("vae") == work("vae", batch=3) == 8 * 64 * 64 * 8 * 4
+    assert work("vae", (4096, 4096)) == work("vae", (1536, 1536)), "decoded in tiles"
+
+
+def test_the_estimates_hold_for_the_structures_of_sd15(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors alive at once, counted on the meta device; attention keeps no scores there, as on CUDA."""
+    unet = {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 768,
+    }
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q))
+    with torch.device("meta"), torch.no_grad():
+        networks = UNet2DConditionModel(**unet), AutoencoderKL(**vae)
+        with Live(networks[0]) as live:
+            networks[0](torch.empty(2, 4, 32, 32), torch.empty(()), torch.empty(2, 77, 768))
+        assert 0.75 < live.peak / (memory.WORK["unet"] * 2 * 32 * 32 * 320 * 4) < 1
+        with Live(networks[1]) as live:
+            networks[1].decode(torch.empty(1, 4, 32, 32))
+        assert 0.7 < live.peak / (memory.WORK["vae"] * 256 * 256 * 128 * 4) < 1
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of tensors made and alive, a network's own left out."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.peak, self.alive = 0, {p.untyped_storage()._cdata: 0 for p in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8G", 8 * 2**30), ("7.5 GiB", 7.5 * 2**30), ("900m", 900 * 2**20), ("512KB", 2**19), ("1000", 1000)]
+)
+def test_sizes_of_memory(text: str, count: float) -> None:
+    assert read_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "G", "8 apples", "-1G", "8GG", "1,5G"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="is no size of memory: give a number with K, M or G, such as 8G"):
+        read_bytes(text)
+
+
+def test_bytes_are_shown_to_people() -> None:
+    assert (show_bytes(5 * 2**20), show_bytes(2**30 * 3 // 2)) == ("5 MiB", "1.5 GiB")
+
+
+def test_an_offload_that_there_is_not() -> None:
+    with pytest.raises(BadInput, match="There is no offload 'disk': use auto, resident, model, layer"):
+        Shelf(device="cpu", offload="disk")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="vram must be above 0 bytes, got 0"):
+        Shelf(device="cpu", vram=0)
+
+
+def test_a_budget_chooses_where_a_model_lives(tiny_folder: Path) -> None:
+    shelf = Shelf(device="cpu", offload="auto")
+    placed = shelf.placement(shelf.find(str(tiny_folder))).values()
+    assert {mode for _, mode in placed} == {"resident"}, "no limit on a CPU unless one is given"
+    needs = [need for need, _ in placed]
+    for mode in MODES:
+        budget = peak([(need, mode) for need in needs])
+        shelf = Shelf(device="cpu", vram=budget)
+        model = shelf.load(str(tiny_folder))
+        assert {mode for _, mode in shelf.placement(shelf.find(str(tiny_folder))).values()} == {mode}
+        assert where(model.unet) == mode
+        assert shelf.load(str(tiny_folder)).unet is model.unet
+    with pytest.raises(BadInput, match="does not fit into 1 MiB of device memory"):
+        Shelf(device="cpu", vram="1M").load(str(tiny_folder))
+    assert where(Shelf(device="cpu", vram="1M", offload="model").load(str(tiny_folder)).unet) == "model", "taken as given"
+
+
+def where(network: torch.nn.Module) -> str:
+    if any(p.device.type == "meta" for p in network.parameters()):
+        return "layer"
+    return "model" if hasattr(network, "_hf_hook") else "resident"
+
+
+# --- the modes compute the same
+
+
+def sd_results(model: Model, picture: Image.Image) -> Iterator[torch.Tensor]:
+    cond = encode_text(model, ["a red barn", "a castle"])
+    assert cond.context is not None
+    skipped = encode_text(model, "a red barn", clip_skip=1).context
+    assert skipped is not None
+    yield from (cond.context, skipped)
+    latents = encode_image(model, picture, seeds=[0])
+    schedule = model.schedule(4)[2:]
+    noisy = add_noise(latents, schedule, unit_noise(latents))
+    yield from (
+        latents.x,
+        model.denoiser(noisy.x, schedule.sigmas[0], schedule.timesteps[0], encode_text(model, "a castle")).x0,
+    )
+    yield decode_tensor(model, latents)
+
+
+@pytest.mark.parametrize("mode", ["model", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_mode_computes_the_same(
+    tiny_folder: Path, picture: Image.Image, mode: memory.Offload, dtype: torch.dtype
+) -> None:
+    wanted = sd_results(Shelf(device="cpu", dtype=dtype, offload="resident").load(str(tiny_folder)), picture)
+    model = Shelf(device="cpu", dtype=dtype, offload=mode).load(str(tiny_folder))
+    assert where(model.unet) == where(model.vae) == where(model.text_encoder) == mode
+    for _ in range(2):  # the second time everything has been moved before
+        wanted, again = list(wanted), list(sd_results(model, picture))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+    assert {model.unet.dtype, model.vae.dtype, model.text_encoder.dtype} == {dtype}, "also after a VAE in float32"
+    assert model.device == CPU
+
+
+@pytest.mark.parametrize("mode", ["model", "layer"])
+def test_every_mode_computes_the_same_with_kandinsky(
+    kandinsky: tuple[Path, Path], picture: Image.Image, mode: memory.Offload
+) -> None:
+    def results(shelf: Shelf) -> list[torch.Tensor]:
+        decoder, prior = shelf.load(str(kandinsky[0])), shelf.load_prior(str(kandinsky[1]))
+        made, seen = imagine(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
+        latents = encode_image(decoder, picture, seeds=[0])
+        out = decoder.denoiser(latents.x, 1.0, 500.0, made).x0
+        return [
+            *(e for e in (made.image_embeds, seen.image_embeds) if e is not None),
+            latents.x,
+            out,
+            decode_tensor(decoder, latents),
+        ]
+
+    wanted, got = results(Shelf(device="cpu")), results(Shelf(device="cpu", offload=mode))
+    assert len(got) == 5
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+# --- model by model: what is fetched, and when
+
+
+class Moves(torch.nn.Linear):
+    """Says where it is sent."""
+
+    def __init__(self, log: list[tuple[str, str]], name: str) -> None:
+        super().__init__(1, 1)
+        self.log, self.name = log, name
+
+    def to(self, *args: Any, **kwargs: Any) -> "Moves":
+        self.log.append((self.name, str(args[0])))
+        return self
+
+
+def test_one_component_at_a_time_is_on_the_device() -> None:
+    """With a device that is only a word, since there is no second one on a CPU."""
+    log: list[tuple[str, str]] = []
+    placement = Placement(torch.device("meta"), "model")
+    text, unet = Moves(log, "text"), Moves(log, "unet")
+    for network in (text, unet):
+        placement.put(network, "model")
+    assert log == [], "nothing is moved before it runs"
+    for network in (text, text, unet, unet, text):
+        network(torch.zeros(1))
+    assert log == [("text", "meta"), ("text", "cpu"), ("unet", "meta"), ("unet", "cpu"), ("text", "meta")]
+
+
+def test_a_component_that_does_not_fit_is_taken_back() -> None:
+    log: list[tuple[str, str]] = []
+
+    class Full(Moves):
+        def to(self, *args: Any, **kwargs: Any) -> "Moves":
+            super().to(*args, **kwargs)
+            if len(log) == 1:
+                raise torch.OutOfMemoryError("no room")
+            return self
+
+    placement, network = Placement(torch.device("meta"), "model"), Full(log, "unet")
+    placement.put(network, "model")
+    with pytest.raises(torch.OutOfMemoryError):
+        network(torch.zeros(1))
+    network(torch.zeros(1))
+    assert log == [("unet", "meta"), ("unet", "cpu"), ("unet", "meta")]
+
+
+@pytest.mark.parametrize("family", ["AutoencoderKL", "VQModel"])
+def test_encode_and_decode_fetch_the_vae(
+    tiny_folder: Path, kandinsky: tuple[Path, Path], picture: Image.Image, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no forward: diffusers' apply_forward_hook has to ask ours."""
+    fetched: list[str] = []
+    fetch = Placement._fetch
+    monkeypatch.setattr(Placement, "_fetch", lambda self, part: (fetched.append(type(part).__name__), fetch(self, part))[1])
+    model = Shelf(device="cpu", offload="model").load(str(tiny_folder if family == "AutoencoderKL" else kandinsky[0]))
+    latents = encode_image(model, picture, seeds=[0])
+    assert fetched == [family]
+    decode_tensor(model, latents)
+    assert fetched == [family] * 2
+
+
+def test_a_layer_has_its_weights_for_its_own_call_alone(tiny_folder: Path) -> None:
+    model = Shelf(device="cpu", offload="layer").load(str(tiny_folder))
+    assert all(p.device.type == "meta" for p in model.unet.parameters())
+    seen: list[tuple[int, int]] = []
+
+    def count(*_: object) -> None:
+        real = [p.device.type == "cpu" for p in model.unet.parameters()]
+        seen.append((sum(real), len(real)))
+
+    inner = model.unet.mid_block.resnets[0].conv1
+    forward = inner._old_forward
+    inner._old_forward = lambda *args: (count(), forward(*args))[1]
+    model.denoiser(torch.zeros(1, 4, 8, 8), 1.0, 500.0, encode_text(model, "a castle"))
+    assert seen == [(2, len(list(model.unet.parameters())))], "weight and bias of this layer, and no other's"
+    assert all(p.device.type == "meta" for p in model.unet.parameters())
+
+
+def test_tied_weights_stay_tied_and_right() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)))
+    network[1][0].weight = network[0].weight
+    x = torch.rand(2, 3)
+    with torch.no_grad():
+        wanted = network(x)
+        Placement(CPU).put(network, "layer")
+        assert torch.equal(network(x), wanted)
+
+
+def test_tensors_used_outside_forward_stay(kandinsky: tuple[Path, Path]) -> None:
+    prior = Shelf(device="cpu", offload="layer").load_prior(str(kandinsky[1]))
+    assert {prior.prior.clip_mean.device, prior.prior.clip_std.device} == {CPU}
+
+
+# --- freeing
+
+
+def watch(model: Model | Prior) -> dict[str, weakref.ref[torch.nn.Module]]:
+    return {name: weakref.ref(part) for name, part in vars(model).items() if isinstance(part, torch.nn.Module)}
+
+
+@pytest.fixture
+def other_unet(broken: Path, tiny_folder: Path) -> Path:
+    """The tiny checkpoint with another UNet."""
+    shutil.rmtree(broken / "unet")
+    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tiny_folder / "unet")).save_pretrained(broken / "unet")
+    return broken
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_no_kept_model_needs_is_freed(tiny_folder: Path, other_unet: Path, mode: memory.Offload) -> None:
+    shelf = Shelf(device="cpu", offload=mode)
+    first, second = shelf.load(str(tiny_folder)), shelf.load(str(other_unet))
+    assert first.vae is second.vae
+    encode_text(first, "a castle")  # hooks have run
+    first.denoiser(torch.zeros(1, 4, 8, 8), 1.0, 500.0, Conditioning(context=torch.zeros(1, 77, 32)))
+    gone, stays, size = watch(first), watch(second), sum(p.nbytes for p in first.unet.parameters())
+    del first
+    assert shelf.keep(str(other_unet)) == size
+    assert {name: part() is None for name, part in gone.items()} == {"text_encoder": False, "unet": True, "vae": False}
+    assert all(part() is not None for part in stays.values())
+    assert shelf.load(str(other_unet)).unet is second.unet
+    del second
+    assert shelf.keep() > 0
+    assert all(part() is None for part in stays.values())
+
+
+def test_a_model_not_loaded_yet_keeps_what_it_will_share(tiny_folder: Path, other_unet: Path) -> None:
+    shelf = Shelf(device="cpu")
+    first = watch(shelf.load(str(tiny_folder)))
+    shelf.keep(str(other_unet))
+    assert {name: part() is None for name, part in first.items()} == {"text_encoder": False, "unet": True, "vae": False}
+
+
+def test_borrowed_components_are_kept_by_source(tiny_folder: Path, other_unet: Path) -> None:
+    shelf = Shelf(device="cpu")
+    parts = watch(shelf.load(str(tiny_folder)))
+    shelf.keep(shelf.find(str(other_unet), {"unet": str(tiny_folder)}, weights=False))
+    assert all(part() is not None for part in parts.values())
+
+
+def test_a_component_still_in_use_is_not_counted_as_freed(tiny_folder: Path) -> None:
+    shelf = Shelf(device="cpu")
+    model = shelf.load(str(tiny_folder))
+    assert shelf.keep() == 0
+    assert shelf.load(str(tiny_folder)).unet is not model.unet, "forgotten all the same"
+
+
+def test_memory_really_falls(broken: Path) -> None:
+    shutil.rmtree(broken / "unet")
+    options = {"cross_attention_dim": 32, "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = UNet2DConditionModel(block_out_channels=(768,), **blocks, **options)
+    unet.save_pretrained(broken / "unet")
+    size = sum(p.nbytes for p in unet.parameters())
+    del unet
+    gc.collect()
+
+    def used() -> int:
+        return psutil.Process().memory_info().rss
+
+    shelf, before = Shelf(device="cpu"), used()
+    total = sum(float(p.sum()) for p in shelf.load(str(broken)).unet.parameters())  # reads every page
+    loaded = used()
+    freed = shelf.keep()
+    assert total == total
+    assert size > 150 * 2**20
+    assert freed >= size
+    assert loaded - before > 0.9 * size
+    assert used() - before < 0.1 * size
