@@ -38,6 +38,13 @@ Batch = Annotated[int | None, typer.Option(help="Number of images.")]
 Scale = Annotated[float | None, typer.Option(help="Guidance scale.")]
 Strength = Annotated[float | None, typer.Option(help="How much to change a picture, above 0 to 1.")]
 Models = Annotated[str, typer.Option(help="miniature (offline), hub, or a folder that holds model folders.")]
+Variant = Annotated[str | None, typer.Option(help="Which of the weights in a folder, e.g. fp16.")]
+Revision = Annotated[str | None, typer.Option(help="Which state of a hub repository: a branch, tag or commit.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default CUDA if there is one.")]
+Vram = Annotated[str | None, typer.Option(help="Device memory to keep within, e.g. 8G; by default what is free.")]
+Offload = Annotated[str, typer.Option(help="Where models live: auto, resident, model (one at a time) or layer.")]
+Attention = Annotated[str | None, typer.Option(help="sdpa, xformers or reference; by default diffusers' choice.")]
 
 
 @app.command()
@@ -52,8 +59,13 @@ def run(
     strength: Strength = None,
     output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
     models: Models = "miniature",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default CUDA if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = "auto",
+    vram: Vram = None,
+    attention: Attention = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")] = True,
 ) -> None:
     """Run a chain and write its pictures."""
@@ -62,9 +74,10 @@ def run(
     job = _chain(
         chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
     )
+    shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram, attention=attention)
     try:
         with _bars(on=progress and err.is_terminal) as watch:
-            result = run_chain(job, _shelf(models, device, dtype), output, watch)
+            result = run_chain(job, shelf, output, watch)
     except KeyboardInterrupt:  # typer would leave without a word
         _say(f"Interrupted; what was made so far is in {output} (interrupted_*.safetensors, unfinished_*).")
         raise typer.Exit(INTERRUPTED) from None
@@ -85,6 +98,12 @@ def plan(
     cfg_scale: Scale = None,
     strength: Strength = None,
     models: Models = "miniature",
+    variant: Variant = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Offload = "auto",
+    vram: Vram = None,
 ) -> None:
     """Show what a chain will run, and find its mistakes, without loading a model."""
     from .chains.plan import plan as plan_chain
@@ -92,7 +111,8 @@ def plan(
     job = _chain(
         chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
     )
-    out.print(_plan_table(plan_chain(job, _shelf(models, None, None)), job))
+    shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram)
+    out.print(_plan_table(plan_chain(job, shelf), job))
 
 
 @app.command()
@@ -147,7 +167,9 @@ def _chain(source: str, overrides: list[str] | None, **shared: Any) -> Chain:
     return read_chain(source, overrides or (), **shared)
 
 
-def _shelf(models: str, device: str | None, dtype: str | None) -> Shelf:
+def _shelf(
+    models: str, variant: str | None, revision: str | None, device: str | None, dtype: str | None, **memory: Any
+) -> Shelf:
     import torch
 
     from .core.errors import BadInput
@@ -158,7 +180,7 @@ def _shelf(models: str, device: str | None, dtype: str | None) -> Shelf:
         raise BadInput(f"There is no dtype {dtype!r}: use {', '.join(known)}.")
     if device is not None:
         require_known_device(device)
-    return Shelf(models, device, known[dtype] if dtype else None)
+    return Shelf(models, device, known[dtype] if dtype else None, variant, revision, **memory)
 
 
 @contextmanager
@@ -176,13 +198,16 @@ def _bars(on: bool) -> Iterator[Any]:
 
 
 def _plan_table(stages: list[StagePlan], chain: Chain) -> Table:
+    from .core.memory import show_bytes
+
     count = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
     table = Table(title=f"{count}, seeds {', '.join(map(str, chain.seeds()))}", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
-    for column in ("takes", "model", "solver", "steps", "calls", "sigma", "size"):
+    for column in ("takes", "model", "solver", "steps", "calls", "sigma", "size", "memory"):
         table.add_column(column, overflow="fold")
     for item in stages:
         row = [item.stage.name, item.takes, "", "", "", "", "", f"{item.size[0]}x{item.size[1]}"]
+        row.append(show_bytes(item.memory) if item.memory is not None else "")
         if item.run is not None:
             levels = item.run.schedule.sigmas
             row[2:4] = [getattr(item.stage, "model", ""), item.run.schedule.origin]

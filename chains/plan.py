@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import encoder_fingerprint
+from ..core.checkpoint import TOKENIZERS, encoder_fingerprint
 from ..core.errors import BadChain, BadInput, BadModel, Note, UnrolledError
 from ..core.latents import Latents, LatentSpace
 from ..core.loading import Shelf
 from ..core.loop import denoise
+from ..core.memory import peak
 from ..core.prediction import Prediction
 from ..core.schedule import Schedule
 from ..core.solver import Solver
@@ -48,6 +49,7 @@ class StagePlan:
         run: schedule and solver, for stages that denoise.
         decodes: whether it makes the stage before decode its latents.
         continues: whether it goes on with the very run of the stage before: same weights, schedule and solver.
+        memory: bytes that its model takes of the device at the worst moment, where the weights are on this disk.
     """
 
     stage: Stage
@@ -57,6 +59,7 @@ class StagePlan:
     notes: tuple[str, ...] = field(default=())
     decodes: bool = False
     continues: bool = False
+    memory: int | None = None
 
     @property
     def evaluations(self) -> int:
@@ -151,7 +154,9 @@ def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, shelf: She
     size = (factor * handed.size[0], factor * handed.size[1])
     continues = handed.sigma is not None and _continues(stage, run, before)
     takes = handed.takes if handed.sigma is None or continues else f"{handed.takes}; the solver starts afresh"
-    return StagePlan(stage, takes, size, run, tuple(_notes(stage, run, size, native)), handed.decodes, continues)
+    notes = tuple(_notes(stage, run, size, native))
+    memory = _memory(source, shelf, size, chain.batch)
+    return StagePlan(stage, takes, size, run, notes, handed.decodes, continues, memory)
 
 
 def _input(chain: Chain, stage: FromPicture, before: StagePlan | None, source: Source, native: int, shelf: Shelf) -> _Handed:
@@ -184,6 +189,13 @@ def _input(chain: Chain, stage: FromPicture, before: StagePlan | None, source: S
     _require_same_space(stage, before, source, shelf)
     composited = isinstance(before.stage, Inpaint) and before.stage.composite
     return _Handed(before.size, "pixels" if composited else "latents", decodes=composited)
+
+
+def _memory(source: Source, shelf: Shelf, size: tuple[int, int], batch: int) -> int | None:
+    """What a model takes of the device; raises BadInput if that is more than there is."""
+    if not all(has_weights(source.part(part)) for part in source.parts if part not in TOKENIZERS):
+        return None
+    return peak(shelf.placement(source, size, batch).values())
 
 
 def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:

@@ -107,6 +107,8 @@ def _save(folder: Path, unet: Any, vae: Any, schedulers: dict[str, dict[str, obj
             pad_token_id=end,
         )
     )
+    # The ×2 UNet norms its context, so that only a norm with weights shows whether the encoder's was before it.
+    torch.nn.init.uniform_(getattr(text, "text_model", text).final_layer_norm.weight, 0.5, 1.5)
     for name, part in [("text_encoder", text), ("unet", unet), ("vae", vae)]:
         part.save_pretrained(folder / name, safe_serialization=True)
     shutil.copytree(TOKENIZER, folder / "tokenizer")

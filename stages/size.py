@@ -20,30 +20,27 @@ def with_size(
     original: tuple[int, int] | None = None,
     crop: tuple[int, int] = (0, 0),
     target: tuple[int, int] | None = None,
-    aesthetic_score: float | None = None,
+    aesthetic_score: float = 6.0,
 ) -> Conditioning:
     """The conditioning with SDXL's time ids (Podell et al., arXiv:2307.01952, sec. 2.2).
+
+    The base is told a target size, its refiner an aesthetic score in its place; one call may name both, so
+    that it serves either.
 
     Args:
         height, width: of the picture to be painted, in pixels.
         original: (height, width) of the training pictures to be like: small ones were blurred by enlarging.
         crop: (top, left) of where those were cut; (0, 0) keeps things whole and in the middle.
-        target: (height, width), by default the picture's own; the base's.
-        aesthetic_score: 1 to 10, by default 6, which the refiner takes in place of the target; 2.5 is its
-            usual negative.
+        target: (height, width), by default the picture's own.
+        aesthetic_score: 1 to 10; 2.5 is the usual negative.
 
     Raises:
-        BadInput: the model is not SDXL, takes no such value or another number of them, or there is no
-            pooled prompt.
+        BadInput: the model is not SDXL, takes another number of such values, or there is no pooled prompt.
     """
     if model.system != "sdxl":
         raise BadInput(f"{model.name} is not conditioned by size: only SDXL is.")
-    if model.scored and target:
-        raise BadInput(f"{model.name} takes an aesthetic score in place of a target size: leave out the target.")
-    if not model.scored and aesthetic_score is not None:
-        raise BadInput(f"{model.name} takes no aesthetic score, which is for the refiner: leave it out.")
-    score = 6.0 if aesthetic_score is None else aesthetic_score
-    ids = [*(original or (height, width)), *crop, *([score] if model.scored else target or (height, width))]
+    original, target = original or (height, width), target or (height, width)
+    ids = [*original, *crop, *([aesthetic_score] if model.scored else target)]
     pooled, config = conditioning.pooled, model.unet.config
     if pooled is None:
         raise BadInput("Size conditioning stands beside a pooled prompt: encode the prompt with encode_text first.")

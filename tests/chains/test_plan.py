@@ -109,9 +109,7 @@ def test_handoffs_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(BadChain, match="needs a stage before it that stops early"):
         plan(chain(tmp_path, unstopped), Shelf(device="cpu"))
     cut = SPLIT.format(stop="step = 4").replace('"handoff"', "{ step = 6 }")
-    with pytest.raises(
-        BadChain, match=r"it is handed latents at sigma 1\.95 but starts at 0\.93\d+: stop the stage bef"
-    ):
+    with pytest.raises(BadChain, match=r"it is handed latents at sigma 1\.95 but starts at 0\.93\d+: stop the stage bef"):
         plan(chain(tmp_path, cut), Shelf(device="cpu"))
     ignored = SPLIT.format(stop="step = 4").replace('start = "handoff"', "strength = 0.5")
     with pytest.raises(BadChain, match=r'handed latents at sigma .*: give start = "handoff"'):

@@ -1,11 +1,11 @@
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -122,11 +122,11 @@ def test_the_estimates_hold_for_the_structures_of_sd15(monkeypatch: pytest.Monke
         assert 0.7 < live.peak / (memory.WORK["vae"] * 256 * 256 * 128 * 4) < 1
 
 
-class Live(torch.utils._python_dispatch.TorchDispatchMode):
+class Live(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made and alive, a network's own left out."""
 
     def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak, self.alive = 0, {p.untyped_storage()._cdata: 0 for p in (*network.parameters(), *network.buffers())}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -212,12 +212,11 @@ def sd_results(model: Model, picture: Image.Image) -> Iterator[torch.Tensor]:
 def test_every_mode_computes_the_same(
     tiny_folder: Path, picture: Image.Image, mode: memory.Offload, dtype: torch.dtype
 ) -> None:
-    wanted = sd_results(Shelf(device="cpu", dtype=dtype, offload="resident").load(str(tiny_folder)), picture)
+    wanted = list(sd_results(Shelf(device="cpu", dtype=dtype, offload="resident").load(str(tiny_folder)), picture))
     model = Shelf(device="cpu", dtype=dtype, offload=mode).load(str(tiny_folder))
     assert where(model.unet) == where(model.vae) == where(model.text_encoder) == mode
     for _ in range(2):  # the second time everything has been moved before
-        wanted, again = list(wanted), list(sd_results(model, picture))
-        assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, sd_results(model, picture), strict=True))
     assert {model.unet.dtype, model.vae.dtype, model.text_encoder.dtype} == {dtype}, "also after a VAE in float32"
     assert model.device == CPU
 
@@ -253,7 +252,7 @@ class Moves(torch.nn.Linear):
         super().__init__(1, 1)
         self.log, self.name = log, name
 
-    def to(self, *args: Any, **kwargs: Any) -> "Moves":
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         self.log.append((self.name, str(args[0])))
         return self
 
@@ -275,7 +274,7 @@ def test_a_component_that_does_not_fit_is_taken_back() -> None:
     log: list[tuple[str, str]] = []
 
     class Full(Moves):
-        def to(self, *args: Any, **kwargs: Any) -> "Moves":
+        def to(self, *args: Any, **kwargs: Any) -> Any:
             super().to(*args, **kwargs)
             if len(log) == 1:
                 raise torch.OutOfMemoryError("no room")
@@ -296,7 +295,12 @@ def test_encode_and_decode_fetch_the_vae(
     """They are no forward: diffusers' apply_forward_hook has to ask ours."""
     fetched: list[str] = []
     fetch = Placement._fetch
-    monkeypatch.setattr(Placement, "_fetch", lambda self, part: (fetched.append(type(part).__name__), fetch(self, part))[1])
+
+    def watched(self: Placement, part: torch.nn.Module) -> None:
+        fetched.append(type(part).__name__)
+        fetch(self, part)
+
+    monkeypatch.setattr(Placement, "_fetch", watched)
     model = Shelf(device="cpu", offload="model").load(str(tiny_folder if family == "AutoencoderKL" else kandinsky[0]))
     latents = encode_image(model, picture, seeds=[0])
     assert fetched == [family]
@@ -309,13 +313,14 @@ def test_a_layer_has_its_weights_for_its_own_call_alone(tiny_folder: Path) -> No
     assert all(p.device.type == "meta" for p in model.unet.parameters())
     seen: list[tuple[int, int]] = []
 
-    def count(*_: object) -> None:
+    def counted(*args: torch.Tensor) -> Any:
         real = [p.device.type == "cpu" for p in model.unet.parameters()]
         seen.append((sum(real), len(real)))
+        return forward(*args)
 
     inner = model.unet.mid_block.resnets[0].conv1
     forward = inner._old_forward
-    inner._old_forward = lambda *args: (count(), forward(*args))[1]
+    inner._old_forward = counted
     model.denoiser(torch.zeros(1, 4, 8, 8), 1.0, 500.0, encode_text(model, "a castle"))
     assert seen == [(2, len(list(model.unet.parameters())))], "weight and bias of this layer, and no other's"
     assert all(p.device.type == "meta" for p in model.unet.parameters())
@@ -323,8 +328,9 @@ def test_a_layer_has_its_weights_for_its_own_call_alone(tiny_folder: Path) -> No
 
 def test_tied_weights_stay_tied_and_right() -> None:
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3)))
-    network[1][0].weight = network[0].weight
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    network = torch.nn.Sequential(first, torch.nn.Sequential(second))
     x = torch.rand(2, 3)
     with torch.no_grad():
         wanted = network(x)
@@ -391,6 +397,7 @@ def test_a_component_still_in_use_is_not_counted_as_freed(tiny_folder: Path) -> 
     assert shelf.load(str(tiny_folder)).unet is not model.unet, "forgotten all the same"
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of resident pages")
 def test_memory_really_falls(broken: Path) -> None:
     shutil.rmtree(broken / "unet")
     options = {"cross_attention_dim": 32, "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
@@ -402,7 +409,8 @@ def test_memory_really_falls(broken: Path) -> None:
     gc.collect()
 
     def used() -> int:
-        return psutil.Process().memory_info().rss
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     shelf, before = Shelf(device="cpu"), used()
     total = sum(float(p.sum()) for p in shelf.load(str(broken)).unet.parameters())  # reads every page

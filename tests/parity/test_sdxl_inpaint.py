@@ -33,7 +33,7 @@ def ours(tiny_sdxl: Model, tiny_refiner: Model, picture: Image.Image, mask: Imag
         """The result, and the kept picture's clean latents."""
         model, source = tiny_refiner if refiner else tiny_sdxl, DiffusersNoise.seeded(3)
         cond = with_size(model, encode_text(model, "a castle"), 64, 64)
-        uncond = with_size(model, encode_text(model, None), 64, 64, aesthetic_score=2.5 if refiner else None)
+        uncond = with_size(model, encode_text(model, None), 64, 64, aesthetic_score=2.5)
         whole = model.schedule(STEPS, name)
         schedule = whole[start_step(STEPS, strength) : whole.index(training_time=end)]
         clean = encode_image(model, picture, seeds=[3], source=source)

@@ -58,7 +58,7 @@ def theirs(sdxl_pipeline: Run) -> Run:
 def guided(model: Model, prompts: Sequence[str] = ("a castle",)) -> Denoiser:
     """As diffusers' defaults: no negative prompt, aesthetic scores of 6 and 2.5."""
     cond = with_size(model, encode_text(model, prompts), 64, 64)
-    uncond = with_size(model, encode_text(model, None), 64, 64, aesthetic_score=2.5 if model.scored else None)
+    uncond = with_size(model, encode_text(model, None), 64, 64, aesthetic_score=2.5)
     return classifier_free(model.denoiser, cond, uncond, 5.0)
 
 

@@ -147,7 +147,7 @@ def test_guidance_scale_zero_is_the_empty_prompt(ours: Run, theirs: Run, distanc
     """diffusers swaps the prompt for "" at guidance_scale 0 alone; here a scale up to 1 means the prompt, unguided."""
     reference = theirs(5, scale=0.0)
     assert distance(ours(5, scale=1.0, prompts=("",)), reference, "euler") < TOLERANCE
-    assert distance(ours(5, scale=0.0), reference, "euler") == pytest.approx(0.077, rel=0.3)
+    assert distance(ours(5, scale=0.0), reference, "euler") == pytest.approx(0.076, rel=0.3)
 
 
 class _FromX0(diffusers.EulerAncestralDiscreteScheduler):  # type: ignore[misc]
@@ -191,4 +191,4 @@ def test_dpmpp_2m(tiny_x2: Model, ours: Run, theirs: Run, distance: Run) -> None
     mine = ours(5, "dpm++2m")
     assert distance(mine, theirs(5, scheduler=_Righted.from_config(config)), "dpm++2m") < TOLERANCE
     wrong = theirs(5, scheduler=diffusers.DPMSolverMultistepScheduler.from_config(config))
-    assert distance(mine, wrong, "dpm++2m") == pytest.approx(0.59, rel=0.3)
+    assert distance(mine, wrong, "dpm++2m") == pytest.approx(0.53, rel=0.3)

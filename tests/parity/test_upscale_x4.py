@@ -163,7 +163,7 @@ def test_two_images_for_each_of_two_prompts(tiny_x4: Model, tiles: list[Image.Im
     right = paired(seen.channels.repeat_interleave(2, 0))
     apart = [distance(right[i : i + 1], reference[i : i + 1], "ddim") for i in range(4)]
     assert max(apart[0], apart[3]) < TOLERANCE
-    assert max(apart[1:3]) == pytest.approx(0.32, rel=0.3)
+    assert max(apart[1:3]) == pytest.approx(0.37, rel=0.3)
 
 
 def test_scales_its_latents_by_what_it_was_trained_with(tiny_x4_folder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ def test_the_x2_unet_is_told_the_level_it_is_asked_at(tiny_x2: Model, small: Lat
     assert torch.equal(beside[0], torch.cat([torch.ones(64), torch.zeros(64), text.pooled[0]]))
 
 
+def test_plms_has_nothing_to_be_faithful_to(tiny_x2: Model) -> None:
+    """diffusers' PNDM refuses the x2 upscaler's prediction type."""
+    assert tiny_x2.solver(4, "pndm", faithful=True) == tiny_x2.solver(4, "pndm")
+
+
 @pytest.mark.parametrize("solver", [Heun(), EulerAncestral()])
 def test_other_solvers_run_on_its_own_levels(tiny_x2: Model, small: Latents, solver: Any) -> None:
     schedule = tiny_x2.schedule(3)
