@@ -21,7 +21,7 @@ from .stages.image import encode_image
 from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
 from .stages.noise import add_noise, noise, start_step, unit_noise
 from .stages.pictures import read_mask, read_picture
-from .stages.prior import black_image, blend, embed_image, imagine
+from .stages.prior import blank_image, blend, embed_image, imagine
 from .stages.size import with_size
 from .stages.text import encode_text
 from .stages.upscale import enlarged_size, with_latents, with_low_res
@@ -58,7 +58,7 @@ __all__ = [
     "UnrolledError",
     "UpscalerDenoiser",
     "add_noise",
-    "black_image",
+    "blank_image",
     "blend",
     "classifier_free",
     "composite",

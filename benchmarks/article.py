@@ -1,7 +1,7 @@
 """The seven chains written with diffusers' own pipelines, as the article they come from does, beside ours.
 
 Same weights, same noise, same picture: every call of a pipeline gets a generator of its own, every stage of ours
-a source that draws the same numbers. What differs from the article, and why:
+a source that draws the same numbers in the same order. What differs from the article, and why:
 
 - It runs in float32 on a CPU, so there is no float16, no offloading to the CPU and no xFormers.
 - Steps, strengths, guidance scales and solvers are those of the packaged chain files.
@@ -33,7 +33,6 @@ import torch
 from diffusers.utils import load_image
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 from unrolled.chains.chain import Chain, Inpaint
 from unrolled.chains.plan import plan
@@ -65,21 +64,8 @@ def chain_of(name: str, models: str = "miniature") -> Chain:
     return chain.model_copy(update={"stages": stages})
 
 
-class InDiffusersOrder:
-    """diffusers' noise for one stage; asked again for the same thing, the same numbers (diffusers clones them)."""
-
-    def __init__(self) -> None:
-        self.draw, self.drawn = DiffusersNoise.seeded(SEED), dict[tuple[str, int, int], Tensor]()
-
-    def __call__(self, shape: Any, purpose: str, step: int = 0, draw: int = 0) -> Tensor:
-        """As :class:`~unrolled.core.noise.NoiseSource`."""
-        if (purpose, step, draw) not in self.drawn:
-            self.drawn[purpose, step, draw] = self.draw(shape, purpose)
-        return self.drawn[purpose, step, draw]
-
-
 def ours(chain: Chain, shelf: Shelf, *, keep: bool = False) -> Image.Image:
-    return run(chain, shelf, keep=keep, sources=InDiffusersOrder).pictures[0]
+    return run(chain, shelf, keep=keep, sources=lambda: DiffusersNoise.seeded(SEED)).pictures[0]
 
 
 # --- diffusers
@@ -91,8 +77,8 @@ def loader(models: str, scratch: Path, *, keep: bool = False) -> Load:
     transformers_logging.disable_progress_bar()
 
     def load(kind: str, model: str, solver: str | None = None, **shared: Any) -> Any:
-        options = {"use_safetensors": True, "torch_dtype": torch.float32, **shared}
-        pipeline = _quiet(getattr(diffusers, kind).from_pretrained(whole(model, models, scratch), **options))
+        folder = whole(model, models, scratch)
+        pipeline = _quiet(getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, **shared))
         if solver == "dpm++2m":
             pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         return pipeline

@@ -75,7 +75,8 @@ def _denoised(model: Model, latents: Latents, schedule: Any, size: int) -> Laten
     cond, uncond = encode_text(model, PROMPT), encode_text(model, None)
     if model.system == "sdxl":
         cond = with_size(model, cond, size, size)
-        uncond = with_size(model, uncond, size, size, aesthetic_score=2.5 if model.scored else None)
+        bad: dict[str, Any] = {"aesthetic_score": 2.5} if model.scored else {}
+        uncond = with_size(model, uncond, size, size, **bad)
     return denoise(classifier_free(model.denoiser, cond, uncond, GUIDANCE), latents, schedule, model.solver(STEPS))
 
 

@@ -30,6 +30,7 @@ from ..stages.inpaint import (
     with_channels,
 )
 from ..stages.noise import add_noise, noise, unit_noise
+from ..stages.size import sizes_in_turn
 from ..stages.upscale import enlarged_size, with_latents, with_low_res
 from .chain import Denoising, ImageToImage, Inpaint, TextToImage, Upscale
 from .defaults import filled
@@ -57,6 +58,8 @@ def text_to_image(
     run = plan_run(spec, model.scheduler)
     latents = noise(model, run.whole, spec.height, spec.width, seeds, stream=stream, source=source)
     cond, uncond = prompts or encode_prompts(model, spec, latents.size)
+    if spec.faithful and model.system == "sdxl":
+        cond, uncond = sizes_in_turn(cond, uncond, len(latents))
     return denoise(guided(model, spec, run, cond, uncond), latents, run.schedule, run.solver, hooks, source)
 
 
@@ -99,10 +102,11 @@ def inpaint(
     for picture in pictures:
         require_same_size(picture, mask)
     blends = not model.inpaints or model.system == "kandinsky"  # whose UNet of 9 channels was meant for both
-    start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=source)
     if run.schedule.first or blends:
         clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
-        unit = unit_noise(clean, source)
+    cells = latent_mask(mask, model.space, spec.downsample)
+    unit = source((len(seeds), model.space.channels, *cells.shape[-2:]), "latents").to(model.device)
+    start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=lambda *_: unit)
     if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
         start = add_noise(clean, run.schedule, unit)
     if model.inpaints:
@@ -113,8 +117,8 @@ def inpaint(
     denoiser = guided(model, spec, run, cond, uncond)
     if not blends:
         return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
-    cells = latent_mask(mask, model.space, spec.downsample)
-    known_at = known(clean, unit, run.schedule)
+    # diffusers' Kandinsky keeps the latents it starts from for the unit noise they were made of.
+    known_at = known(clean, start.x if _unscaled(model, spec, run) else unit, run.schedule)
     pure = math.inf if run.schedule.first else run.schedule.sigmas[0]
     denoiser = keeping_known(denoiser, cells, known_at, pure)
     return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
@@ -161,6 +165,9 @@ def network_of(model: Model, spec: Denoising, run: Run) -> ConditionalDenoiser:
     """The UNet in the wrapper its system needs."""
     if model.system == "x2":
         return UpscalerDenoiser(model.unet)
-    # diffusers' Kandinsky pipelines never scale the input, whatever the scheduler expects.
-    unscaled = spec.faithful and model.system == "kandinsky" and run.config.scales_input
-    return UNetDenoiser(model.unet, run.config.kind, scale_input=not unscaled)
+    return UNetDenoiser(model.unet, run.config.kind, scale_input=not _unscaled(model, spec, run))
+
+
+def _unscaled(model: Model, spec: Denoising, run: Run) -> bool:
+    """Whether to do as diffusers' Kandinsky pipelines, which never scale the input, whatever the scheduler expects."""
+    return spec.faithful and model.system == "kandinsky" and run.config.scales_input

@@ -21,6 +21,7 @@ from ..core.solver import Solver
 from ..core.source import Source, enlarges
 from ..core.weights import has_weights
 from ..stages.pictures import read_mask, read_picture, require_size
+from ..stages.upscale import require_enlargeable
 from .chain import (
     Chain,
     Denoising,
@@ -146,7 +147,9 @@ def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, shelf: She
         handed = _Handed((stage.width or native, stage.height or native), "noise")
     else:
         handed = _input(chain, stage, before, source, native, shelf)
-    require_size(handed.size, cell if source.system != "x4" else 1, "The size")
+    require_size(handed.size, cell, "The size")
+    if source.system == "x2":
+        require_enlargeable(handed.size, cell)
     run = plan_run(stage, source.scheduler, handed.sigma)
     guidance_scale(stage, run.whole)
     stage = stage.model_copy(update={"solver": run.config.name})

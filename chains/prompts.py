@@ -10,7 +10,7 @@ from ..core.errors import BadInput
 from ..core.loading import Model, Prior
 from ..core.noise import NoiseSource
 from ..stages.pictures import read_picture
-from ..stages.prior import black_image, blend, embed_image, imagine
+from ..stages.prior import blank_image, blend, embed_image, imagine
 from ..stages.size import with_size
 from ..stages.text import encode_text
 from .chain import Denoising, Ingredient, PriorOptions, SizeConditioning
@@ -73,7 +73,7 @@ def imagined(
 
     parts = options.mix or (Ingredient(prompt=spec.prompt),)
     cond = blend([of(part) for part in parts], [part.weight for part in parts])
-    return cond, black_image(prior, len(seeds)) if negative is None else of_text(negative)
+    return cond, blank_image(prior, len(seeds)) if negative is None else of_text(negative)
 
 
 def _sized(model: Model, text: Conditioning, size: tuple[int, int], told: SizeConditioning, usual: float) -> Conditioning:

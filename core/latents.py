@@ -41,8 +41,11 @@ class LatentSpace:
     def require(self, other: LatentSpace, what: str) -> None:
         """Raise :class:`SpaceMismatch` unless ``other`` is this space."""
         if self != other:
+            mine, others = str(self), str(other)
+            if mine == others:
+                mine, others = f"{mine}, scaled by {self.scaling:.5g}", f"{others}, scaled by {other.scaling:.5g}"
             raise SpaceMismatch(
-                f"{what} works in latent space [{self}] but was given latents of [{other}]: "
+                f"{what} works in latent space [{mine}] but was given latents of [{others}]: "
                 'decode and encode in between (via = "pixels" in a chain).'
             )
 

@@ -72,10 +72,11 @@ class Shelf:
         allow_pickle: bool = False,
     ) -> Source:
         """Where a model's components lie, some of them those of other models; see :func:`find`."""
-        options = {"weights": weights, "allow_pickle": allow_pickle}
-        source = find(name, self.models, self.variant, self.revision, **options)
+        source = find(name, self.models, self.variant, self.revision, weights=weights, allow_pickle=allow_pickle)
         check_classes(source)
-        others = {part: self.find(other, **options) for part, other in (components or {}).items()}
+        others = {
+            part: self.find(other, weights=weights, allow_pickle=allow_pickle) for part, other in (components or {}).items()
+        }
         return source.borrowing(
             {("movq" if part == "vae" and "movq" in source.parts else part): other for part, other in others.items()}
         )

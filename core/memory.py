@@ -175,7 +175,7 @@ class Placement:
         self._running = weakref.ref(component)
         if before is not None:
             before.to("cpu")
-            release(self.device)
+            _empty_cache(self.device)
         try:
             component.to(self.device)
         except BaseException:  # out of memory half way: a smaller batch will be tried
@@ -187,6 +187,10 @@ class Placement:
 def release(device: torch.device) -> None:
     """Give back what nothing refers to any more, so that others see the memory as free."""
     gc.collect()  # hooks make cycles
+    _empty_cache(device)
+
+
+def _empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

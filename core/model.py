@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..schedulers.config import read_scheduler
-from .denoiser import ConditionalDenoiser, UNetDenoiser, UpscalerDenoiser
+from .denoiser import ConditionalDenoiser, PriorDenoiser, UNetDenoiser, UpscalerDenoiser
 from .latents import LatentSpace
 from .schedule import Schedule
 from .solver import Solver
@@ -63,7 +63,7 @@ class Model:
     @property
     def cell(self) -> int:
         """What the sides of its pictures must be multiples of."""
-        return cell(self.system, self.space.downscale)
+        return cell(self.system, self.space.downscale, len(self.unet.config.block_out_channels))
 
     @property
     def inpaints(self) -> bool:
@@ -129,3 +129,16 @@ class Prior:
         """Where its embeddings live, seen as latents of one pixel."""
         width = self.prior.config.embedding_dim
         return LatentSpace("CLIP image embedding", width, 1, 1.0, self.fingerprints["image_encoder"])
+
+    @property
+    def denoiser(self) -> PriorDenoiser:
+        """The transformer as a conditional denoiser."""
+        return PriorDenoiser(self.prior, read_scheduler(self.scheduler).kind)
+
+    def schedule(self, steps: int) -> Schedule:
+        """The checkpoint's own noise levels."""
+        return read_scheduler(self.scheduler).schedule(steps)
+
+    def solver(self, steps: int) -> Solver:
+        """The checkpoint's own solver."""
+        return read_scheduler(self.scheduler).solver(steps)

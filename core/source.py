@@ -101,8 +101,9 @@ class Source:
 
     def sizes(self) -> tuple[int, int]:
         """Native side in pixels, and what sides must be multiples of, from the configs alone."""
-        native = int(self.config("unet").get("sample_size", 64)) * self.downscale
-        return native, cell(self.system, self.downscale)
+        unet = self.config("unet")
+        levels = len(unet.get("block_out_channels", [0] * 4))
+        return int(unet.get("sample_size", 64)) * self.downscale, cell(self.system, self.downscale, levels)
 
     def borrowing(self, components: Mapping[str, Source]) -> Source:
         """The same model with some components of others in place of its own.
@@ -135,9 +136,15 @@ def enlarges(system: System) -> int:
     return {"x2": 2, "x4": 4}.get(system, 1)
 
 
-def cell(system: System, downscale: int) -> int:
-    """What the sides of pictures must be multiples of; Kandinsky's UNet goes three levels further down."""
-    return downscale**2 if system == "kandinsky" else downscale
+def cell(system: System, downscale: int, levels: int) -> int:
+    """What the sides in pixels of what goes in must be multiples of.
+
+    Kandinsky's UNet was made for latents of multiples of 8; the x2 upscaler's, of so many levels, cannot mirror the
+    edges of others, and makes what goes in twice as large first.
+    """
+    if system == "x2":
+        return downscale * int(2 ** (levels - 1)) // 2
+    return {"kandinsky": downscale**2, "x4": 1}.get(system, downscale)
 
 
 def find(

@@ -27,13 +27,10 @@ from .training import Losses, Recipe, Recipes, Report, Training, command
 
 CROP: Final = 64
 BANK: Final = 24  # captions a thing has, encoded once and for all
-# What the base learns to draw: a million parameters on a shared core do not hold the whole world at this size.
+# What the base learns to draw: what a million parameters hold after half an hour of a third of a core.
 _DRAWN: Final = """
-cat, dog, lion, fox, panda, rabbit, unicorn, owl, penguin, frog, turtle, dragon, whale, fish, octopus, butterfly, bee
-rose, sunflower, tulip, cactus, tree, palm tree, leaf, mushroom, red apple, banana, strawberry, lemon, hamburger
-pizza, ice cream, birthday cake, coffee, earth, mountain, volcano, house, castle, tent, car, bicycle, sailboat
-airplane, rocket, moon, sun, star, cloud, rainbow, umbrella, snowman, fire, dewdrop, wave, jack-o-lantern
-balloon, gift, crown, bell, guitar, robot, astronaut, wizard, skull, ghost, alien, city
+cat, dog, lion, dragon, butterfly, sunflower, leaf, red apple, house, castle, mountain, earth, car, rocket, sun
+dewdrop, wave, robot, astronaut, wizard
 """
 VIEWS: Final = (8, 1, 1)  # how often a thing is seen whole, shrunk, cropped
 GOOD: Final = 6.0
@@ -187,7 +184,7 @@ def train_base(args: argparse.Namespace) -> None:
     ids = torch.tensor([sizes for _, sizes in seen]).view(-1, len(VIEWS), 6)
     torch.manual_seed(args.seed)
     unet = sdxl_networks.new_base().to(memory_format=torch.channels_last)
-    training = Training({"unet": unet}, args, average=0.998)
+    training = Training({"unet": unet}, args, average=0.995)
 
     def losses(step: int) -> Losses:
         rng = random.Random(f"{args.seed}/{step}")
@@ -241,7 +238,7 @@ def train_refiner(args: argparse.Namespace) -> None:
     clean = torch.stack([codes(args, good), codes(args, [spoiled(picture, rng) for picture in good])], 1)
     torch.manual_seed(args.seed)
     unet = sdxl_networks.new_refiner().to(memory_format=torch.channels_last)
-    training = Training({"unet": unet}, args, average=0.998)
+    training = Training({"unet": unet}, args, average=0.995)
 
     def losses(step: int) -> Losses:
         rng = random.Random(f"{args.seed}/{step}")
@@ -274,7 +271,7 @@ def train_refiner(args: argparse.Namespace) -> None:
 RECIPES: Final[Recipes] = {
     "sdxl-vae": Recipe(train_vae, "sdxl-base", 16, 2e-3, 1000),
     "sdxl-decoder": Recipe(train_decoder, "sdxl-base", 4, 1e-3, 500),
-    "sdxl-base": Recipe(train_base, "sdxl-base", 8, 2e-3, 2500),
+    "sdxl-base": Recipe(train_base, "sdxl-base", 8, 2e-3, 1600),
     "sdxl-refiner": Recipe(train_refiner, "sdxl-refiner", 8, 2e-3, 800),
 }
 

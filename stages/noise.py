@@ -38,7 +38,7 @@ def noise(
     """
     space = model.space
     height, width = height or model.native_size, width or model.native_size
-    require_size((width, height), model.cell, "The size asked for")
+    require_size((width, height), max(model.cell, space.downscale), "The size asked for")
     source = source or Noise(tuple(seeds), stream)
     unit = source((len(seeds), space.channels, height // space.downscale, width // space.downscale), "latents")
     std = schedule.start_std if schedule.start_std is not None else schedule.sigmas[0]

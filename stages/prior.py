@@ -9,14 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.conditioning import Conditioning
-from ..core.denoiser import PriorDenoiser
 from ..core.errors import BadInput, BadModel
 from ..core.guidance import GuidanceScale, classifier_free
 from ..core.latents import Latents
 from ..core.loading import Prior
 from ..core.loop import Step, denoise
 from ..core.noise import Noise, NoiseSource
-from ..schedulers.config import read_scheduler
 from .text import Prompts, encode_text
 
 
@@ -36,7 +34,7 @@ def imagine(
 
     (Ramesh et al., arXiv:2204.06125, sec. 2.2; Razzhigaev et al., arXiv:2310.03502, sec. 3.1.)
 
-    What a decoder is guided away from is an embedding too. diffusers' is ``black_image(prior)`` without a
+    What a decoder is guided away from is an embedding too. diffusers' is ``blank_image(prior)`` without a
     negative prompt; with one, the negative prompt imagined with the same ``negative_prompt`` and seeds.
 
     Args:
@@ -52,14 +50,13 @@ def imagine(
     Raises:
         BadInput: prompts and seeds do not match; steps are out of range.
     """
-    config = read_scheduler(prior.scheduler)
-    schedule, seeds, stream = config.schedule(steps), tuple(seeds), f"{stream}/prior"
+    schedule, seeds, stream = prior.schedule(steps), tuple(seeds), f"{stream}/prior"
     cond, uncond = (_one_per_seed(encode_text(prior, told), len(seeds)) for told in (prompts, negative_prompt or ""))
     source = source or Noise(seeds, stream)
     unit = source((len(seeds), prior.space.channels, 1, 1), "latents").to(prior.device)
     start = Latents(unit * (schedule.start_std or schedule.sigmas[0]), prior.space, schedule.sigmas[0], seeds, stream)
-    denoiser = classifier_free(PriorDenoiser(prior.prior, config.kind), cond, uncond, guidance_scale)
-    end = denoise(denoiser, start, schedule, config.solver(steps), hooks, source)
+    denoiser = classifier_free(prior.denoiser, cond, uncond, guidance_scale)
+    end = denoise(denoiser, start, schedule, prior.solver(steps), hooks, source)
     # The prior works on embeddings that were centred and scaled to unit variance.
     mean, std = prior.prior.clip_mean.float(), prior.prior.clip_std.float()
     return Conditioning(image_embeds=end.clean.flatten(1) * std + mean)
@@ -80,7 +77,7 @@ def embed_image(prior: Prior, pictures: Image.Image | Sequence[Image.Image]) -> 
     return Conditioning(image_embeds=_encoded(prior, _pixels(prior, several)))
 
 
-def black_image(prior: Prior, count: int = 1) -> Conditioning:
+def blank_image(prior: Prior, count: int = 1) -> Conditioning:
     """The embedding of nothing, which decoders are guided away from without a negative prompt.
 
     The encoder sees zeros *after* normalisation: not black, but the plain mean colour of CLIP's training pictures.
@@ -108,7 +105,7 @@ def blend(conditionings: Sequence[Conditioning], weights: Sequence[float]) -> Co
     if len(embeds) < len(conditionings) or not fit:
         raise BadInput(
             f"These cannot be blended: {', '.join(map(repr, conditionings))}; give image embeddings of one prior "
-            "(imagine, embed_image, black_image), equally many or one for all."
+            "(imagine, embed_image, blank_image), equally many or one for all."
         )
     return Conditioning(image_embeds=sum((w * e for w, e in zip(weights, embeds, strict=True)), torch.zeros(())))
 

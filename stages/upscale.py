@@ -39,16 +39,18 @@ def enlarged_size(model: Model, size: tuple[int, int]) -> tuple[int, int]:
     """
     height, width = size
     if model.system == "x2":
-        cell = model.space.downscale * 2 ** (len(model.unet.config.block_out_channels) - 1) // 2
-        require_size((width, height), cell, "What is to be enlarged")
-        if min(size) < 2 * cell:
-            raise BadInput(
-                f"What is to be enlarged is {width}x{height}, but {model.name} needs sides of {2 * cell} or more."
-            )
+        require_enlargeable((width, height), model.cell)
         return 2 * height, 2 * width
     _require(model, "x4")
     # Its latents are as large as the picture it enlarges.
     return height * model.space.downscale, width * model.space.downscale
+
+
+def require_enlargeable(size: tuple[int, int], cell: int) -> None:
+    """Raise BadInput unless the x2 upscaler of that cell can take (width, height)."""
+    require_size(size, cell, "What is to be enlarged")
+    if min(size) < 2 * cell:
+        raise BadInput(f"What is to be enlarged is {size[0]}x{size[1]}, but both sides must be {2 * cell} or more.")
 
 
 def with_latents(model: Model, conditioning: Conditioning, latents: Latents) -> Conditioning:

@@ -402,7 +402,9 @@ def test_memory_really_falls(broken: Path) -> None:
     shutil.rmtree(broken / "unet")
     options = {"cross_attention_dim": 32, "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    unet = UNet2DConditionModel(block_out_channels=(768,), **blocks, **options)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(block_out_channels=(768,), **blocks, **options)
+    torch.nn.init.zeros_(unet.to_empty(device="cpu").conv_in.bias)
     unet.save_pretrained(broken / "unet")
     size = sum(p.nbytes for p in unet.parameters())
     del unet

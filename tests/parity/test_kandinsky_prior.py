@@ -14,7 +14,7 @@ from torch import Tensor
 from unrolled.core.conditioning import Conditioning
 from unrolled.core.loading import Prior
 from unrolled.core.noise import DiffusersNoise
-from unrolled.stages.prior import black_image, blend, embed_image, imagine
+from unrolled.stages.prior import blank_image, blend, embed_image, imagine
 
 TOLERANCE = 1e-4
 Run = Callable[..., Any]
@@ -35,7 +35,7 @@ def test_prior(steps: int, scale: float, seeds: tuple[int, ...], tiny_prior: Pri
     reference = their_prior(prompts, num_inference_steps=steps, guidance_scale=scale, generator=noise.generator)
     mine = imagine(tiny_prior, prompts, steps=steps, guidance_scale=scale, seeds=seeds, source=DiffusersNoise.seeded(*seeds))
     assert _apart(mine.image_embeds, reference.image_embeds) < TOLERANCE
-    assert _apart(black_image(tiny_prior, len(seeds)).image_embeds, reference.negative_image_embeds) < TOLERANCE
+    assert _apart(blank_image(tiny_prior, len(seeds)).image_embeds, reference.negative_image_embeds) < TOLERANCE
 
 
 @pytest.mark.parametrize("seeds", [(7, 8), (7, 8, 9, 10)])
@@ -84,7 +84,7 @@ def test_the_prior_in_float32_is_off(tiny_prior: Prior, tiny_prior_folder: Path)
 def test_nothing_is_not_black(tiny_prior: Prior) -> None:
     """diffusers hands the encoder zeros as normalised pixels: a plain picture of CLIP's mean colour, a grey."""
     grey, black = Image.new("RGB", (64, 64), (123, 117, 104)), Image.new("RGB", (64, 64))
-    nothing = black_image(tiny_prior).image_embeds
+    nothing = blank_image(tiny_prior).image_embeds
     assert nothing is not None
     assert _apart(embed_image(tiny_prior, grey).image_embeds, nothing) < 0.1
     assert _apart(embed_image(tiny_prior, black).image_embeds, nothing) > 0.3

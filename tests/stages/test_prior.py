@@ -15,7 +15,7 @@ from unrolled.core.errors import BadInput, BadModel
 from unrolled.core.loading import Model, Prior
 from unrolled.core.loop import Step
 from unrolled.stages.noise import noise
-from unrolled.stages.prior import black_image, blend, embed_image, imagine
+from unrolled.stages.prior import blank_image, blend, embed_image, imagine
 
 SHORT: dict[str, Any] = {"steps": 3}
 
@@ -91,7 +91,7 @@ def test_in_half_precision(tiny_prior: Prior) -> None:
     )
     for found, exact in [
         (imagine(half, "a castle", **SHORT), imagine(tiny_prior, "a castle", **SHORT)),
-        (black_image(half), black_image(tiny_prior)),
+        (blank_image(half), blank_image(tiny_prior)),
     ]:
         assert embeds(found).dtype == torch.float32
         torch.testing.assert_close(embeds(found), embeds(exact), atol=0.1, rtol=0.1)
@@ -130,9 +130,9 @@ def test_a_processor_that_cannot_be_followed(tiny_prior: Prior, picture: Image.I
 
 
 def test_nothing_for_several(tiny_prior: Prior) -> None:
-    three = embeds(black_image(tiny_prior, 3))
+    three = embeds(blank_image(tiny_prior, 3))
     assert three.shape == (3, 32)
-    torch.testing.assert_close(three, embeds(black_image(tiny_prior)).expand(3, -1))
+    torch.testing.assert_close(three, embeds(blank_image(tiny_prior)).expand(3, -1))
 
 
 def test_a_blend_is_a_weighted_sum() -> None:
