@@ -84,17 +84,18 @@ def write(chain: Chain, result: Result, machine: Machine, folder: Path, stem: st
             raise
 
 
-def sheet(result: Result, index: int = 0) -> Image.Image:
-    """What went into one image and every stage's picture of it, side by side and equally high."""
-    seen = {Path(name).stem: picture for name, picture in result.inputs.items()} | {
-        name: output.pictures()[index] for name, output in result.outputs.items() if output.is_picture
-    }
-    high = max(picture.height for picture in seen.values())
+def sheet(result: Result, index: int = 0, high: int | None = None) -> Image.Image:
+    """What went into one image and every stage's picture of it, side by side.
+
+    Args:
+        high: the height of each in pixels; by default the highest one's.
+    """
+    seen = {Path(name).stem: picture for name, picture in result.inputs.items()}
+    seen |= {name: output.pictures()[index] for name, output in result.outputs.items() if output.is_picture}
+    high = high or max(picture.height for picture in seen.values())
     same = len({picture.size for picture in seen.values()}) == 1
     labels = [name if same else f"{name} {picture.width}x{picture.height}" for name, picture in seen.items()]
-    alike = [
-        picture if picture.height == high else finish.resize(picture, high / picture.height) for picture in seen.values()
-    ]
+    alike = [finish.resize(picture, high / picture.height) for picture in seen.values()]
     return finish.grid(alike, columns=len(alike), labels=labels)
 
 

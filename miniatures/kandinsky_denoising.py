@@ -19,8 +19,8 @@ from .kandinsky_networks import encoded, normalised
 from .kandinsky_views import cutouts, on_white, view
 from .pictures import pixels
 
-VIEWS: Final = 24
-HOLES: Final = 12
+VIEWS: Final = 8
+HOLES: Final = 4
 NOTHING: Final = 0.1
 
 

@@ -193,7 +193,7 @@ def train_decoder(args: argparse.Namespace) -> None:
     task = Drawing(args)
     torch.manual_seed(args.seed)
     unet = kandinsky_networks.new_decoder()
-    training = Training({"unet": unet}, args, average=0.999)
+    training = Training({"unet": unet}, args, average=0.997)
 
     def losses(step: int) -> Losses:
         chosen = torch.tensor(turn(step, args.batch, len(task.clean), args.seed))
@@ -221,8 +221,8 @@ RECIPES: Final[Recipes] = {
     "clip": Recipe(train_clip, "kandinsky-2.2-prior", 64, 1e-3, 2000),
     "movq": Recipe(train_movq, "kandinsky-2.2-decoder", 12, 2e-3, 1120),
     "prior": Recipe(train_prior, "kandinsky-2.2-prior", 32, 2e-3, 600),
-    "decoder": Recipe(train_decoder, "kandinsky-2.2-decoder", 32, 2e-3, 3600),
-    "inpaint": Recipe(train_inpaint, "kandinsky-2.2-decoder-inpaint", 32, 1e-3, 900),
+    "decoder": Recipe(train_decoder, "kandinsky-2.2-decoder", 32, 2e-3, 1800),
+    "inpaint": Recipe(train_inpaint, "kandinsky-2.2-decoder-inpaint", 32, 1e-3, 600),
 }
 
 

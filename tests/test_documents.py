@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import unrolled
-from unrolled.chains.chain import Denoising, ImageToImage, Inpaint, TextToImage
+from pydantic import BaseModel
+from unrolled.chains.chain import Denoising, ImageToImage, Inpaint, PriorOptions, SizeConditioning, TextToImage, Upscale
 
 ROOT = Path(unrolled.__file__).parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -13,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, resume, solver = BLOCKS
+    first, resume, solver, split = BLOCKS
     names: dict[str, object] = {}
     exec(first.replace("steps=30", "steps=4"), names)
     assert (tmp_path / "castle.png").is_file()
@@ -21,6 +22,8 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(solver, names)
     exec(resume.replace("later = ", "step.index = 3; schedule = schedule[:4]; later = ", 1) + "done = True", names)
     assert names["done"]
+    exec(split.replace("steps=40", "steps=4"), {})
+    assert (tmp_path / "dewdrop.png").is_file()
     model, cond = names["sd"], names["cond"]
     assert isinstance(model, unrolled.Model)
     schedule = model.schedule(4, "euler")
@@ -36,10 +39,16 @@ def test_the_readmes_commands_are_there() -> None:
     assert '\n    pip install -e ".[test]" && pytest\n' in text
 
 
-@pytest.mark.parametrize("kind", [Denoising, TextToImage, ImageToImage, Inpaint])
+@pytest.mark.parametrize("kind", [Denoising, TextToImage, ImageToImage, Inpaint, Upscale])
 def test_every_key_of_a_stage_is_documented(kind: type[Denoising]) -> None:
     text = (ROOT / "docs" / "chains.md").read_text()
     assert [name for name in kind.model_fields if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("kind", [PriorOptions, SizeConditioning])
+def test_every_key_of_a_table_is_documented(kind: type[BaseModel]) -> None:
+    text = (ROOT / "docs" / "chains.md").read_text()
+    assert [name for name in kind.model_fields if f"{name} = " not in text] == []
 
 
 def test_links_lead_somewhere() -> None:

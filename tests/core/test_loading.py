@@ -301,7 +301,7 @@ UNREADABLE = "is damaged and cannot be read as"
     ("damage", "message"),
     [
         (remove("unet"), rf"unet/config\.json {INCOMPLETE}"),
-        (remove("vae"), rf"vae {INCOMPLETE}"),
+        (remove("vae"), rf"vae/config\.json {INCOMPLETE}"),
         (remove("tokenizer"), rf"tokenizer/vocab\.json {INCOMPLETE}"),
         (remove("tokenizer/vocab.json"), rf"tokenizer/vocab\.json {INCOMPLETE}"),
         (remove("tokenizer/merges.txt"), rf"tokenizer/merges\.txt {INCOMPLETE}"),
