@@ -57,9 +57,9 @@ FAITHFUL = {
 # --- ours
 
 
-def chain_of(name: str, models: str = "miniature") -> Chain:
+def chain_of(name: str, models: str = "miniature", *overrides: str) -> Chain:
     """The packaged chain in diffusers' manner, each stage with all its values filled in."""
-    chain = read_chain(name, ["grid=false", "faithful=true", *FAITHFUL.get(name, [])])
+    chain = read_chain(name, ["grid=false", "faithful=true", *FAITHFUL.get(name, []), *overrides])
     stages = tuple(item.stage for item in plan(chain, Shelf(models, device="cpu")))
     return chain.model_copy(update={"stages": stages})
 

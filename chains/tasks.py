@@ -69,7 +69,7 @@ def _image_to_image(task: Task, stage: ImageToImage) -> Latents:
     for count in range(stage.repeat):
         if count:
             task.frame(latents)
-            latents = replace(latents, stream=f"{task.stream}/{count}", history=())
+            latents = latents.handed_on(f"{task.stream}/{count}")
         latents = jobs.image_to_image(task.model, stage, latents, task.hooks, task.source, task.prompts)
     return latents
 
@@ -94,7 +94,7 @@ def _noisy(task: Task, stage: ImageToImage) -> Latents:
     latents = _read_latents(task, stage) if stage.latents is not None else task.before.latents if task.before else None
     if latents is None:
         raise BadInput("there are no latents to go on from.")
-    return latents if task.plan.continues else replace(latents, stream=task.stream, history=())
+    return latents if task.plan.continues else latents.handed_on(task.stream)
 
 
 def _clean(task: Task, stage: FromPicture) -> Latents:
@@ -103,7 +103,7 @@ def _clean(task: Task, stage: FromPicture) -> Latents:
     if stage.image is None and stage.via is None and task.before is not None:
         held = held or task.before.latents
     if held is not None:
-        return replace(held, stream=task.stream, history=())
+        return held.handed_on(task.stream)
     pictures = _pictures(task, stage)
     return encode_image(
         task.model, pictures, seeds=task.seeds, stream=task.stream, posterior=stage.posterior, source=task.source

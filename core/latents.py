@@ -130,6 +130,10 @@ class Latents:
         past = tuple(Past(p.sigma, p.x.to(device), p.x0.to(device)) for p in self.history)
         return replace(self, x=self.x.to(device), history=past)
 
+    def handed_on(self, stream: str) -> Latents:
+        """For another run than the one they come from: without what its solver remembers, with noise of its own stream."""
+        return replace(self, stream=stream, history=())
+
     def require_clean(self, what: str) -> None:
         """Raise :class:`BadInput` if these latents still hold noise."""
         if not self.is_clean:

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from unrolled.core.errors import BadInput
 from unrolled.core.latents import Latents
 from unrolled.core.loading import Model, Shelf
 from unrolled.core.memory import Mode, peak
 from unrolled.miniatures.full_size import write_full_size
+from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_prior
 from unrolled.stages.decode import decode_tensor
+from unrolled.stages.image import encode_image
 from unrolled.stages.noise import noise
+from unrolled.stages.prior import embed_image, imagine
 from unrolled.stages.text import encode_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,7 +31,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return first, write_full_size(folder / "second", "sd-1.5", 1, torch.float16, shared=first)
 
 
-def picture(model: Model) -> torch.Tensor:
+def paint(model: Model) -> torch.Tensor:
     """One step at 512x512, guided, and the decoder."""
     latents: Latents = noise(model, model.schedule(2), 512, 512, seeds=[0])
     cond = encode_text(model, ["a castle", ""])
@@ -50,7 +54,7 @@ def peaks(full_size: tuple[Path, Path]) -> Callable[[Mode], tuple[int, torch.Ten
         before = fresh()
         shelf = Shelf(device="cuda", dtype=torch.float16, offload=mode)
         estimate = peak(shelf.placement(shelf.find(str(full_size[0]))).values())
-        pixels = picture(shelf.load(str(full_size[0]))).cpu()
+        pixels = paint(shelf.load(str(full_size[0]))).cpu()
         return torch.cuda.max_memory_allocated() - before, pixels, estimate
 
     return run
@@ -68,6 +72,23 @@ def test_each_mode_takes_less_and_computes_the_same(peaks: Callable[[Mode], tupl
 def test_the_plan_is_kept(peaks: Callable[[Mode], tuple[int, torch.Tensor, int]], mode: Mode) -> None:
     real, _, estimate = peaks(mode)
     assert 0.4 < real / estimate <= 1.0
+
+
+@pytest.mark.parametrize("mode", ["model", "layer"])
+def test_kandinsky_computes_the_same(tmp_path: Path, picture: Image.Image, mode: Mode) -> None:
+    """Its prior has tensors of its own, used outside forward too."""
+    folders = write_tiny_kandinsky(tmp_path / "decoder"), write_tiny_prior(tmp_path / "prior")
+
+    def results(offload: Mode) -> list[torch.Tensor | None]:
+        shelf = Shelf(device="cuda", dtype=torch.float32, offload=offload)
+        decoder, prior = shelf.load(str(folders[0])), shelf.load_prior(str(folders[1]))
+        made, seen = imagine(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
+        latents = encode_image(decoder, picture, seeds=[0])
+        with torch.no_grad():
+            x0 = decoder.denoiser(latents.x, 1.0, 500.0, made).x0
+        return [made.image_embeds, seen.image_embeds, latents.x, x0, decode_tensor(decoder, latents)]
+
+    torch.testing.assert_close(results(mode), results("resident"), rtol=1e-3, atol=1e-4)
 
 
 def test_one_component_at_a_time(full_size: tuple[Path, Path]) -> None:
@@ -118,7 +139,7 @@ def test_without_a_budget_the_free_memory_decides(full_size: tuple[Path, Path]) 
 
 def test_attention_backends_agree_on_the_device(full_size: tuple[Path, Path]) -> None:
     sdpa, reference = (
-        picture(Shelf(device="cuda", dtype=torch.float16, attention=name).load(str(full_size[0])))
+        paint(Shelf(device="cuda", dtype=torch.float16, attention=name).load(str(full_size[0])))
         for name in ("sdpa", "reference")
     )
     assert (sdpa - reference).abs().mean() < 2 / 255

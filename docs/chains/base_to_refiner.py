@@ -24,5 +24,5 @@ def guided(model: Model) -> Denoiser:
 
 
 latents = denoise(guided(base), latents, first, base.solver(steps=40))
-latents = denoise(guided(refiner), latents, rest, refiner.solver(steps=40))
+latents = denoise(guided(refiner), latents.handed_on("refiner"), rest, refiner.solver(steps=40))
 decode(refiner, latents)[0].save("base-to-refiner.png")

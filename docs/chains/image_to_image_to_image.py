@@ -1,7 +1,5 @@
 """A picture changed a little, then drawn as a comic, then as pixel art: one latent space, decoded once."""
 
-from dataclasses import replace
-
 from PIL import Image, ImageOps
 from unrolled import Shelf, add_noise, classifier_free, decode, denoise, encode_image, encode_text, read_picture, start_step
 from unrolled.chains.read import PACKAGED
@@ -22,7 +20,7 @@ for stream, (name, prompt) in zip(["", "comic", "pixels"], STAGES.items(), stric
     model = shelf.load(name)  # VAE and text encoder are the first one's: loaded once
     schedule = model.schedule(25, "dpm++2m")[start_step(25, strength=0.6) :]
     denoiser = classifier_free(model.denoiser, encode_text(model, prompt), encode_text(model, ""), guidance_scale=7.5)
-    start = add_noise(replace(latents, stream=stream), schedule)  # every stage draws its own noise
+    start = add_noise(latents.handed_on(stream), schedule)  # every stage draws its own noise
     latents = denoise(denoiser, start, schedule, model.solver(25, "dpm++2m"))
 
 decode(sd, latents)[0].save("image-to-image-to-image.png")

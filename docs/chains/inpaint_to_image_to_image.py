@@ -1,7 +1,5 @@
 """A part of a picture repainted, enlarged, repainted in detail by SDXL's refiner, and gone over by the same refiner."""
 
-from dataclasses import replace
-
 from PIL import Image, ImageOps
 from unrolled import (
     Conditioning,
@@ -62,5 +60,5 @@ keep = keep_known(latent_mask(mask, refiner.space), known(clean, unit_noise(clea
 latents = denoise(denoiser, add_noise(clean, schedule), schedule, solver, hooks=[keep])
 
 schedule = whole[start_step(30, strength=0.2) :]
-latents = denoise(denoiser, add_noise(replace(latents, stream="final"), schedule), schedule, solver)
+latents = denoise(denoiser, add_noise(latents.handed_on("final"), schedule), schedule, solver)
 decode(refiner, latents)[0].save("inpaint-to-image-to-image.png")

@@ -1,6 +1,5 @@
 """A picture drawn as a comic over and over, each time on what came out before, as a GIF."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -27,7 +26,7 @@ picture = read_picture(PACKAGED / "inputs" / "astronaut.jpg")
 picture = ImageOps.fit(picture, (comic.native_size, comic.native_size), Image.Resampling.LANCZOS)
 latents, frames = encode_image(comic, picture, seeds=[0]), []
 for count in range(6):
-    start = add_noise(replace(latents, stream=f"/{count}" if count else ""), schedule)
+    start = add_noise(latents.handed_on(f"/{count}" if count else ""), schedule)
     latents = denoise(denoiser, start, schedule, solver)
     frames += decode(comic, latents)
 frames[-1].save("iterated-style-transfer.png")

@@ -184,3 +184,9 @@ def test_nan_is_not_saved(space: LatentSpace, tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="hold NaN or infinity and are not worth saving"):
         Latents(torch.full((1, 4, 2, 2), torch.nan), space).save(tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_handed_on_to_another_run(noisy: Latents) -> None:
+    other = noisy.handed_on("refiner")
+    assert (other.history, other.stream, other.seeds, other.sigma) == ((), "refiner", noisy.seeds, noisy.sigma)
+    assert torch.equal(other.x, noisy.x)
