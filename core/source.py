@@ -178,11 +178,14 @@ def find(
 def _locate(
     name: str, models: str, variant: str | None, revision: str | None, weights: Collection[str], allow_pickle: bool
 ) -> Source:
+    if name in MOVED:
+        warnings.warn(f"{name} is gone from the hub; it has moved to {MOVED[name]}.", Note, stacklevel=2)
+        name = MOVED[name]
     entry = CATALOG.get(name)
     if entry and models == "miniature":
         return _miniature(name, entry)
     if models not in ("miniature", "hub"):
-        hub = entry.hub if entry else MOVED.get(name, name)
+        hub = entry.hub if entry else name
         places = [Path(models) / name, Path(models) / hub, *([Path(models)] if entry else [])]
         if held := [folder for folder in places if is_model(folder)]:
             return _folder(name, held[0])
@@ -197,7 +200,7 @@ def _locate(
     if name.count("/") == 1 and not name.startswith(_LOCAL):
         if models != "hub":
             raise BadModel(f'There is no folder {name} here; if it is a hub id, say so with --models hub (models="hub").')
-        return _folder(name, download_folder(MOVED.get(name, name), variant, revision, weights, allow_pickle))
+        return _folder(name, download_folder(name, variant, revision, weights, allow_pickle))
     raise BadModel(f"There is no model {name!r}: use a folder, a hub id, or one of {', '.join(CATALOG)}.")
 
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from unrolled.core import source
 from unrolled.core.catalog import CATALOG, MOVED
-from unrolled.core.errors import BadInput, BadModel
+from unrolled.core.errors import BadInput, BadModel, Note
 from unrolled.core.loading import Model, Shelf, load, require_known_device
 from unrolled.core.source import MINIATURES, find
 from unrolled.schedulers.config import read_scheduler
@@ -197,7 +197,8 @@ def test_gone_hub_ids_lead_to_where_their_models_went(monkeypatch: pytest.Monkey
         return Path("somewhere")
 
     monkeypatch.setattr(source, "download_folder", download)
-    assert find(old, "hub", "fp16", "main").folders["unet"] == Path("somewhere/unet")
+    with pytest.warns(Note, match=f"{old} is gone from the hub; it has moved to {new}"):
+        assert find(old, "hub", "fp16", "main").folders["unet"] == Path("somewhere/unet")
     assert asked == [(new, "fp16", "main")]
     assert new in {entry.hub for entry in CATALOG.values()}
 
