@@ -91,7 +91,7 @@ def _in_halves(chain: Chain, shelf: Shelf, folder: Path | None, watch: Watch | N
 
 
 class Runner:
-    """One chain under way: what its stages made so far, and the newest step of the one being run."""
+    """One chain under way: what its stages made so far, and the models and the newest step of the one being run."""
 
     def __init__(
         self,
@@ -105,6 +105,8 @@ class Runner:
         self.chain, self.plans, self.shelf, self.watch, self.keep = chain, plans, shelf, watch, keep
         self.sources = sources
         self.seeds, self.result, self.last = chain.seeds(), Result(), list[Step]()
+        self.models = dict[str, Model]()
+        self.needed: list[Source | str] | None = None
 
     def run(self) -> Result:
         """Every stage in order."""
@@ -120,6 +122,7 @@ class Runner:
                     if self.chain.gif == "stages" and output.is_picture and index < len(self.plans) - 1:
                         result.frames.append(output.pictures()[0])
                 self.last.clear()
+                self.models.clear()
                 result.outputs[item.stage.name] = output
                 result.seconds[item.stage.name] = time.perf_counter() - began
         return result
@@ -161,12 +164,13 @@ class Runner:
 
     def model(self, stage: Denoising) -> Model:
         """A stage's model; its fingerprints are kept for the manifest."""
-        size = next(item.size for item in self.plans if item.stage.name == stage.name)
-        model = self.shelf.load(
-            stage.model, stage.borrowed, allow_pickle=stage.allow_pickle, size=size, batch=len(self.seeds)
-        )
-        self.result.models[stage.model] = dict(model.fingerprints)
-        return model
+        if stage.name not in self.models:  # the shelf looks at its weight files each time it is asked
+            size = next(item.size for item in self.plans if item.stage.name == stage.name)
+            self.models[stage.name] = model = self.shelf.load(
+                stage.model, stage.borrowed, allow_pickle=stage.allow_pickle, size=size, batch=len(self.seeds)
+            )
+            self.result.models[stage.model] = dict(model.fingerprints)
+        return self.models[stage.name]
 
     def imagined(self, stage: Denoising) -> Pair | None:
         """What Kandinsky's prior makes of the prompts, for its decoders; the prior goes before the decoder comes."""
@@ -209,7 +213,9 @@ class Runner:
                 needed.append(source := self.place(stage))
                 if source.system == "kandinsky" and (later or prior):
                     needed.append((stage.prior or PriorOptions()).model)
-        self.shelf.keep(*needed)
+        if needed != self.needed:
+            self.needed = needed
+            self.shelf.keep(*needed)
 
 
 @contextmanager
