@@ -21,7 +21,7 @@ from .stages.image import encode_image
 from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
 from .stages.noise import add_noise, noise, start_step, unit_noise
 from .stages.pictures import read_mask, read_picture
-from .stages.prior import blank_image, blend, embed_image, imagine
+from .stages.prior import blend, embed_image, sample_prior, zero_image_embeds
 from .stages.size import with_size
 from .stages.text import encode_text
 from .stages.upscale import enlarged_size, with_latents, with_low_res
@@ -58,7 +58,6 @@ __all__ = [
     "UnrolledError",
     "UpscalerDenoiser",
     "add_noise",
-    "blank_image",
     "blend",
     "classifier_free",
     "composite",
@@ -72,7 +71,6 @@ __all__ = [
     "enlarged_size",
     "gif",
     "grid",
-    "imagine",
     "inpaint_channels",
     "keep_known",
     "known",
@@ -83,6 +81,7 @@ __all__ = [
     "read_mask",
     "read_picture",
     "resize",
+    "sample_prior",
     "sharpen",
     "start_step",
     "steps",
@@ -91,4 +90,5 @@ __all__ = [
     "with_latents",
     "with_low_res",
     "with_size",
+    "zero_image_embeds",
 ]

@@ -77,7 +77,7 @@ def run(
     shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram, attention=attention)
     try:
         with _bars(on=progress and err.is_terminal) as watch:
-            result = run_chain(job, shelf, output, watch)
+            result = run_chain(job, shelf, output, watch, free=True)
     except KeyboardInterrupt:  # typer would leave without a word
         _say(f"Interrupted; what was made so far is in {output} (interrupted_*.safetensors, unfinished_*).")
         raise typer.Exit(INTERRUPTED) from None
@@ -154,7 +154,9 @@ def main() -> None:
     except UnrolledError as error:
         _say(str(error))
         sys.exit(error.exit_code)
-    except MemoryError:
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, not imported here
+            raise
         _say("Out of memory: make the batch or the picture smaller.")
         sys.exit(OutOfMemory.exit_code)
 

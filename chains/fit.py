@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..core.errors import BadInput
 from ..core.source import Source
-from .chain import Denoising, Inpaint, Upscale
+from ..schedulers.config import read_scheduler
+from ..stages.pictures import read_picture
+from .chain import Denoising, Inpaint, PriorOptions, Upscale
 
 
 def require_fit(stage: Denoising, source: Source) -> None:
@@ -17,10 +20,17 @@ def require_fit(stage: Denoising, source: Source) -> None:
         raise BadInput(f"{option} has no effect with {stage.model}: leave it out, or take another model.")
 
 
-def require_prior(source: Source) -> None:
-    """Raise BadInput unless this is Kandinsky's prior."""
-    if source.system != "prior":
-        raise BadInput(f"{source.name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
+def require_prior(stage: Denoising, prior: Source | None, folder: Path) -> None:
+    """Raise unless Kandinsky's prior, where there is to be one, is one and can do what it is to do."""
+    if prior is None:
+        return
+    if prior.system != "prior":
+        raise BadInput(f"{prior.name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
+    options = stage.prior or PriorOptions()
+    read_scheduler(prior.scheduler).schedule(options.steps)
+    for part in options.mix:
+        if part.image is not None:
+            read_picture(folder / part.image)
 
 
 def _unfit(stage: Denoising, source: Source) -> Iterator[str]:
@@ -31,6 +41,10 @@ def _unfit(stage: Denoising, source: Source) -> Iterator[str]:
         yield f"{stage.model} is no upscaler: use x2-latent-upscaler or x4-upscaler."
     elif upscaler and not isinstance(stage, Upscale):
         yield f'{stage.model} is an upscaler, which cannot do {stage.do}: say do = "upscale".'  # type: ignore[attr-defined]
+    elif source.system == "x4" and isinstance(stage, Upscale) and (stage.noise_level or 0) > _most_noise(source):
+        yield f"noise_level goes from 0 to {_most_noise(source)} with {stage.model}, got {stage.noise_level}."
+    elif stage.clip_skip >= (layers := _layers(source)) > 0:
+        yield f"clip_skip goes from 0 to {layers - 1} with the text encoder of {stage.model}, got {stage.clip_skip}."
     elif not isinstance(stage, Inpaint | Upscale) and source.config("unet").get("in_channels", 4) == 9:
         yield f'{stage.model} is an inpainting model: say do = "inpaint", or take another one.'
 
@@ -50,3 +64,15 @@ def _idle(stage: Denoising, source: Source) -> Iterator[str]:
     if isinstance(stage, Upscale):
         given["noise_level"] = (stage.noise_level, source.system == "x4")
     yield from (name for name, (value, heeded) in given.items() if value and not heeded)
+
+
+def _most_noise(source: Source) -> int:
+    return int(source.index.get("max_noise_level", 350))
+
+
+def _layers(source: Source) -> int:
+    """How many of its text encoders' layers can be left out, and one more; 0 without a text encoder."""
+    counts = [
+        source.config(part)["num_hidden_layers"] for part in ("text_encoder", "text_encoder_2") if part in source.parts
+    ]
+    return min(counts, default=0) - (source.system == "sdxl")

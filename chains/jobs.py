@@ -13,7 +13,7 @@ from dataclasses import replace
 from PIL import Image
 
 from ..core.conditioning import Conditioning
-from ..core.denoiser import ConditionalDenoiser, Denoiser, UNetDenoiser, UpscalerDenoiser, conditioned
+from ..core.denoiser import Denoiser, conditioned
 from ..core.guidance import classifier_free
 from ..core.latents import Latents
 from ..core.loading import Model
@@ -104,7 +104,7 @@ def inpaint(
     blends = not model.inpaints or model.system == "kandinsky"  # whose UNet of 9 channels was meant for both
     if run.schedule.first or blends:
         clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
-    cells = latent_mask(mask, model.space, spec.downsample)
+    cells = latent_mask(mask, model.space, spec.downsample).to(model.device)
     unit = source((len(seeds), model.space.channels, *cells.shape[-2:]), "latents").to(model.device)
     start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=lambda *_: unit)
     if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
@@ -155,17 +155,10 @@ def upscale(
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:
     """The model's network under the stage's guidance."""
     scale = guidance_scale(spec, run.whole)
-    network = network_of(model, spec, run)
+    network = model.denoiser_of(run.config.kind, scale_input=not _unscaled(model, spec, run))
     if not callable(scale) and scale <= 1.0:
         return conditioned(network, cond)
     return classifier_free(network, cond, uncond, scale, rescale=spec.guidance_rescale, batched=spec.guidance_batched)
-
-
-def network_of(model: Model, spec: Denoising, run: Run) -> ConditionalDenoiser:
-    """The UNet in the wrapper its system needs."""
-    if model.system == "x2":
-        return UpscalerDenoiser(model.unet)
-    return UNetDenoiser(model.unet, run.config.kind, scale_input=not _unscaled(model, spec, run))
 
 
 def _unscaled(model: Model, spec: Denoising, run: Run) -> bool:

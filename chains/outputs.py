@@ -10,9 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core.errors import UnrolledError
 from ..core.files import claim, write_atomically
-from ..core.latents import Latents
+from ..core.latents import Latents, batch
 from ..core.loop import Step
 from ..stages import finish
 from .chain import Chain
@@ -46,7 +45,7 @@ class Result:
     Args:
         inputs: picture files that went in, by name.
         frames: of the first image's animation.
-        models: fingerprints of the weights of every model that was used.
+        models: fingerprints of the weights of every stage's model, and of its prior.
     """
 
     outputs: dict[str, Output] = field(default_factory=dict)
@@ -61,6 +60,19 @@ class Result:
     def pictures(self) -> list[Image.Image]:
         """The last stage's, one per seed."""
         return list(self.outputs.values())[-1].pictures()
+
+
+def joined(first: Result, second: Result, note: str) -> Result:
+    """Two runs of one chain on parts of a batch as one."""
+    for name, theirs in second.outputs.items():
+        mine = first.outputs[name]
+        made = mine.made + theirs.made if mine.made and theirs.made else []
+        latents = batch([mine.latents, theirs.latents]) if mine.latents and theirs.latents else None
+        first.outputs[name] = Output(latents, made, mine.decoder)
+        first.seconds[name] += second.seconds[name]
+    first.files += second.files
+    first.notes[:] = [note, *first.notes, *second.notes]
+    return first
 
 
 def write(chain: Chain, result: Result, machine: Machine, folder: Path, stem: str = "output") -> None:
@@ -105,14 +117,14 @@ def rescue(chain: Chain, result: Result, machine: Machine, last: Sequence[Step],
         return
     finished = [output for output in result.outputs.values() if output.is_picture]
     if finished and finished[-1] is list(result.outputs.values())[-1]:
-        with suppress(UnrolledError):
+        with suppress(Exception):
             write(chain.model_copy(update={"grid": False, "gif": False}), result, machine, folder, "unfinished")
     if last:
-        with suppress(UnrolledError):
+        with suppress(Exception):
             path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
             try:
                 last[0].latents.save(path)
-            except UnrolledError:
+            except BaseException:
                 path.unlink(missing_ok=True)
                 raise
             result.files.append(path)

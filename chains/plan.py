@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import TOKENIZERS, encoder_fingerprint
-from ..core.errors import BadChain, BadInput, BadModel, Note, UnrolledError
+from ..core.checkpoint import TOKENIZERS
+from ..core.errors import BadChain, BadModel, Note, UnrolledError
 from ..core.latents import Latents, LatentSpace
 from ..core.loading import Shelf
 from ..core.loop import denoise
@@ -20,22 +20,10 @@ from ..core.schedule import Schedule
 from ..core.solver import Solver
 from ..core.source import Source, enlarges
 from ..core.weights import has_weights
-from ..stages.pictures import read_mask, read_picture, require_size
-from ..stages.upscale import require_enlargeable
-from .chain import (
-    Chain,
-    Denoising,
-    FromPicture,
-    ImageToImage,
-    Inpaint,
-    PriorOptions,
-    Resize,
-    Sharpen,
-    Stage,
-    TextToImage,
-)
+from .chain import Chain, Denoising, ImageToImage, Inpaint, PriorOptions, Resize, Sharpen, Stage
 from .defaults import filled
 from .fit import require_fit, require_prior
+from .handed import pixels_of, what_is_handed
 from .runs import Run, guidance_scale, plan_run
 
 
@@ -51,6 +39,7 @@ class StagePlan:
         decodes: whether it makes the stage before decode its latents.
         continues: whether it goes on with the very run of the stage before: same weights, schedule and solver.
         memory: bytes that its model takes of the device at the worst moment, where the weights are on this disk.
+        source: where its model lies; ``prior`` likewise, Kandinsky's.
     """
 
     stage: Stage
@@ -61,6 +50,8 @@ class StagePlan:
     decodes: bool = False
     continues: bool = False
     memory: int | None = None
+    source: Source | None = None
+    prior: Source | None = None
 
     @property
     def evaluations(self) -> int:
@@ -69,19 +60,14 @@ class StagePlan:
         return repeats * count_evaluations(self.run.solver, self.run.schedule) if self.run else 0
 
     @property
+    def end(self) -> float:
+        """The noise level of what comes out."""
+        return self.run.schedule.sigmas[-1] if self.run else 0.0
+
+    @property
     def left_noisy(self) -> bool:
         """Whether what comes out still holds noise."""
         return self.run is not None and self.run.schedule.sigmas[-1] > self.run.whole.sigmas[-1]
-
-
-@dataclass(frozen=True)
-class _Handed:
-    """What a stage is handed."""
-
-    size: tuple[int, int]
-    takes: str
-    sigma: float | None = None
-    decodes: bool = False
 
 
 def count_evaluations(solver: Solver, schedule: Schedule) -> int:
@@ -98,26 +84,37 @@ def count_evaluations(solver: Solver, schedule: Schedule) -> int:
     return len(calls)
 
 
-def plan(chain: Chain, shelf: Shelf) -> list[StagePlan]:
+def plan(chain: Chain, shelf: Shelf, *, weights: bool = False) -> list[StagePlan]:
     """Check a chain and say what each stage will run; reads configs and picture headers, no weights.
+
+    Args:
+        weights: fetch the weights from the hub too, so that the plan can be run.
 
     Raises:
         BadChain: naming the stage and what is wrong with it.
     """
+    found = dict[tuple[object, ...], Source]()
+
+    def find(name: str, borrowed: Mapping[str, str] | None = None, allow_pickle: bool = False) -> Source:
+        key = (name, *sorted((borrowed or {}).items()), allow_pickle)
+        if key not in found:
+            found[key] = shelf.find(name, borrowed, weights=weights, allow_pickle=allow_pickle)
+        return found[key]
+
     plans: dict[str, StagePlan] = {}
     for index, stage in enumerate(chain.stages):
         before = chain.before(index)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Note)  # the run tells
-                plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf)
+                plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf, find)
         except UnrolledError as error:
             wrong = type(error) if isinstance(error, BadModel) else BadChain
             raise wrong(f"Stage {stage.name!r}: {error}") from error
     last = plans[chain.stages[-1].name]
     if last.left_noisy:
         raise BadChain(
-            f"Stage {last.stage.name!r} is the last but stops at sigma {_end(last):.3g}, which is still noise: "
+            f"Stage {last.stage.name!r} is the last but stops at sigma {last.end:.3g}, which is still noise: "
             'let a stage with start = "handoff" go on, or leave stop out.'
         )
     return list(plans.values())
@@ -132,72 +129,44 @@ def pictures_wanted(chain: Chain, plans: Sequence[StagePlan]) -> set[str]:
     return {last, *(stage.name for stage in takers if stage is not None)}
 
 
-def _plan_stage(chain: Chain, stage: Stage, before: StagePlan | None, shelf: Shelf) -> StagePlan:
+def _plan_stage(
+    chain: Chain, stage: Stage, before: StagePlan | None, shelf: Shelf, find: Callable[..., Source]
+) -> StagePlan:
     if isinstance(stage, Sharpen | Resize):
-        size = _pixels_of(before)
+        size = pixels_of(before)
         factor = stage.factor if isinstance(stage, Resize) else 1.0
         return StagePlan(stage, "pixels", (round(size[0] * factor), round(size[1] * factor)), decodes=True)
-    source = shelf.find(stage.model, stage.borrowed, weights=False, allow_pickle=stage.allow_pickle)
+    source = find(stage.model, stage.borrowed, stage.allow_pickle)
+    prior = find((stage.prior or PriorOptions()).model) if source.system == "kandinsky" else None
     require_fit(stage, source)
-    if isinstance(stage, Denoising) and source.system == "kandinsky":
-        require_prior(shelf.find((stage.prior or PriorOptions()).model, weights=False))
+    require_prior(stage, prior, chain.folder)
     stage = filled(stage, source.system)
-    native, cell = source.sizes()
-    if isinstance(stage, TextToImage):
-        handed = _Handed((stage.width or native, stage.height or native), "noise")
-    else:
-        handed = _input(chain, stage, before, source, native, shelf)
-    require_size(handed.size, cell, "The size")
-    if source.system == "x2":
-        require_enlargeable(handed.size, cell)
+    handed = what_is_handed(chain, stage, before, source)
     run = plan_run(stage, source.scheduler, handed.sigma)
     guidance_scale(stage, run.whole)
     stage = stage.model_copy(update={"solver": run.config.name})
     factor = enlarges(source.system)
     size = (factor * handed.size[0], factor * handed.size[1])
-    continues = handed.sigma is not None and _continues(stage, run, before)
+    continues = handed.goes_on and _continues(stage, run, before)
     takes = handed.takes if handed.sigma is None or continues else f"{handed.takes}; the solver starts afresh"
-    notes = tuple(_notes(stage, run, size, native))
-    memory = _memory(source, shelf, size, chain.batch)
-    return StagePlan(stage, takes, size, run, notes, handed.decodes, continues, memory)
+    return StagePlan(
+        stage,
+        takes,
+        size,
+        run,
+        notes=tuple(_notes(stage, run, size, source.sizes()[0])),
+        decodes=handed.decodes,
+        continues=continues,
+        memory=max(_memory(source, shelf, size, chain.batch), _memory(prior, shelf)) or None,
+        source=source,
+        prior=prior,
+    )
 
 
-def _input(chain: Chain, stage: FromPicture, before: StagePlan | None, source: Source, native: int, shelf: Shelf) -> _Handed:
-    """What a stage that starts from a picture or latents is handed."""
-    noisy = isinstance(stage, ImageToImage) and stage.start != "strength"
-    if stage.image is not None:
-        side = native // enlarges(source.system)
-        size = (side, side) if stage.fit else read_picture(chain.folder / stage.image).size
-        _require_mask(chain, stage, size)
-        return _Handed(size, f"{stage.image}{', fitted' if stage.fit else ''}")
-    if stage.latents is not None:
-        held = Latents.load(chain.folder / stage.latents)
-        if not noisy:
-            held.require_clean("start from")
-        return _Handed((held.size[1], held.size[0]), stage.latents, held.sigma if noisy else None)
-    if before is None:
-        raise BadInput('there is no picture to start from: give image = "file.png" or put a stage before it.')
-    if noisy:
-        if not before.left_noisy or before.run is None:
-            raise BadInput('start = "handoff" needs a stage before it that stops early (stop = { steps_fraction = 0.8 }).')
-        _require_same_space(stage, before, source, shelf)
-        return _Handed(before.size, "noisy latents", before.run.schedule.sigmas[-1])
-    if before.left_noisy:
-        raise BadInput(
-            f'it is handed latents at sigma {_end(before):.3g}: give start = "handoff", or leave out stop before it.'
-        )
-    _require_mask(chain, stage, before.size)
-    if isinstance(stage, Inpaint) or source.system == "x4" or stage.via == "pixels" or before.run is None:
-        return _Handed(before.size, "pixels", decodes=True)
-    _require_same_space(stage, before, source, shelf)
-    composited = isinstance(before.stage, Inpaint) and before.stage.composite
-    return _Handed(before.size, "pixels" if composited else "latents", decodes=composited)
-
-
-def _memory(source: Source, shelf: Shelf, size: tuple[int, int], batch: int) -> int | None:
-    """What a model takes of the device; raises BadInput if that is more than there is."""
-    if not all(has_weights(source.part(part)) for part in source.parts if part not in TOKENIZERS):
-        return None
+def _memory(source: Source | None, shelf: Shelf, size: tuple[int, int] | None = None, batch: int = 1) -> int:
+    """What a model takes of the device, 0 if it is not here; raises BadInput if that is more than there is."""
+    if source is None or not all(has_weights(source.part(part)) for part in source.parts if part not in TOKENIZERS):
+        return 0
     return peak(shelf.placement(source, size, batch).values())
 
 
@@ -209,16 +178,6 @@ def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
     return same_weights and before.run.whole == run.whole and before.run.solver == run.solver
 
 
-def _require_mask(chain: Chain, stage: Denoising, size: tuple[int, int]) -> None:
-    if isinstance(stage, Inpaint):
-        mask = read_mask(chain.folder / stage.mask)
-        if mask.size != size and not stage.fit:
-            raise BadInput(
-                f"the mask is {mask.width}x{mask.height} but the picture is {size[0]}x{size[1]}: "
-                "they must be of one size, or say fit = true."
-            )
-
-
 def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> Iterable[str]:
     if max(size) > 2 * native:
         yield f"{size[0]}x{size[1]} is far above the model's native {native} px: take fit = true or a smaller size"
@@ -226,35 +185,3 @@ def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> It
         yield f"runs {len(run.schedule)} of {len(run.whole)} steps, from sigma {run.schedule.sigmas[0]:.3g}"
     if isinstance(stage.guidance_scale, float) and stage.guidance_scale <= 1.0:
         yield "guidance off" + (", the negative prompt has no effect" if stage.negative_prompt else "")
-
-
-def _require_same_space(stage: Denoising, before: StagePlan, source: Source, shelf: Shelf) -> None:
-    if not isinstance(before.stage, Denoising):
-        return
-    other = shelf.find(before.stage.model, before.stage.borrowed, weights=False)
-    prints = [_encoder(s) for s in (source, other)]
-    if None not in prints and prints[0] != prints[1]:
-        raise BadInput(
-            f"{stage.model} and {before.stage.model} have different VAEs, so latents cannot be handed on: "
-            'say via = "pixels" to decode and encode in between.'
-        )
-
-
-def _encoder(source: Source) -> str | None:
-    """The encoder's fingerprint if its weights are on this disk."""
-    part = source.part(source.vae)
-    return encoder_fingerprint(part) if has_weights(part) else None
-
-
-def _pixels_of(before: StagePlan | None) -> tuple[int, int]:
-    if before is None:
-        raise BadInput("there is no picture to work on: put a stage before it.")
-    if before.left_noisy:
-        raise BadInput(
-            f"it is handed latents at sigma {_end(before):.3g}, which are no picture yet: leave out stop before it."
-        )
-    return before.size
-
-
-def _end(plan_: StagePlan) -> float:
-    return plan_.run.schedule.sigmas[-1] if plan_.run else 0.0

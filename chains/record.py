@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..core.loading import Shelf
 from ..stages.finish import FORMATS
 from .chain import Chain, Denoising, ImageToImage, Inpaint
 
@@ -36,10 +37,19 @@ def versions() -> dict[str, str]:
 
 
 class Machine(NamedTuple):
-    """What a chain ran on."""
+    """What a chain ran on, and where its models came from."""
 
     device: torch.device
     dtype: torch.dtype
+    models: str = "miniature"
+    variant: str | None = None
+    revision: str | None = None
+    attention: str | None = None
+
+    @classmethod
+    def of(cls, shelf: Shelf) -> Machine:
+        """As the shelf has it."""
+        return cls(shelf.device, shelf.dtype, shelf.models, shelf.variant, shelf.revision, shelf.attention)
 
 
 def manifest(
@@ -57,6 +67,10 @@ def manifest(
         "versions": versions(),
         "device": _device_name(machine.device),
         "dtype": str(machine.dtype).removeprefix("torch."),
+        "models_from": machine.models,
+        "variant": machine.variant,
+        "revision": machine.revision,
+        "attention": machine.attention,
         "notes": list(notes),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -113,8 +113,6 @@ def _clean(task: Task, stage: FromPicture) -> Latents:
 def _read_latents(task: Task, stage: FromPicture) -> Latents:
     """A latents file, of as many images as there are seeds, or of one for all."""
     latents, count = Latents.load(task.folder / str(stage.latents), task.model.device), len(task.seeds)
-    if len(latents) not in (1, count):
-        raise BadInput(f"{stage.latents} holds {len(latents)} images, but the chain makes {count}: set its batch.")
     if len(latents) == count:
         return replace(latents, seeds=tuple(task.seeds))
     return replace(latents, x=latents.x.expand(count, -1, -1, -1), seeds=tuple(task.seeds), history=())

@@ -7,9 +7,11 @@ the file's name.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,12 @@ COMPONENTS = {
 """The components of all systems, and the classes each may be."""
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_SAMPLES, _SAMPLE_BYTES = 256, 65536
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """A VAE's attention before diffusers 0.17, as the files of Stable Diffusion 1.5 still have it."""
+
+
+_WRITERS = ("dtype", "torch_dtype", "transformers_version")
+"""What a config says of the program that wrote it, beside what begins with an underscore."""
 
 
 def component_files(part: Part) -> list[Path]:
@@ -61,21 +66,35 @@ def _tensors(part: Part) -> dict[str, Tensor]:
         return convert(held, part.name, read_json(part.folder / "config.json"), part.file)
 
 
-def fingerprint(files: list[Path]) -> str:
-    """A digest of weight files: of all bytes where they are few, else of samples spread over each file.
+def fingerprint(part: Part) -> str:
+    """A digest of what makes a component: every byte of its weights, and its config but for who wrote it with what.
 
-    Tells checkpoints apart in milliseconds; it does not prove a file untouched.
+    Raises:
+        BadModel: a file is missing or damaged.
     """
     digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with file.open("rb") as handle:
-            stride = max(_SAMPLE_BYTES, size // _SAMPLES)
-            for start in range(0, size, stride):
-                handle.seek(start)
-                digest.update(handle.read(_SAMPLE_BYTES))
+    for file in component_files(part):
+        if file.name == "config.json":
+            config = {key: value for key, value in read_json(file).items() if key[0] != "_" and key not in _WRITERS}
+            digest.update(json.dumps(config, sort_keys=True).encode())
+        else:
+            digest.update(_digest(*_state(file)))
     return digest.hexdigest()[:16]
+
+
+def _state(file: Path) -> tuple[Path, int, int]:
+    """Changes whenever a file does."""
+    found = file.stat()
+    return file, found.st_size, found.st_mtime_ns
+
+
+@cache
+def _digest(file: Path, size: int, modified: int) -> bytes:
+    blob = file.resolve().name
+    if file.is_symlink() and len(blob) == 64:  # the hub's cache names large files by their sha256
+        return bytes.fromhex(blob)
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
 
 
 def tensor_bytes(part: Part, dtype: torch.dtype) -> dict[str, int]:
@@ -89,6 +108,11 @@ def encoder_fingerprint(part: Part) -> str:
 
     fp32 and fp16 files of one VAE agree, and so do a folder of it and a whole checkpoint that holds it.
     """
+    return _encoder_digest(part, tuple(_state(file) for file in weight_files(part)))
+
+
+@cache
+def _encoder_digest(part: Part, states: tuple[tuple[Path, int, int], ...]) -> str:
     digests = {}
     for name, tensor in _tensors(part).items():
         if name.startswith(("encoder.", "quant_conv.")):
@@ -118,6 +142,8 @@ def read_component(part: Part, dtype: torch.dtype) -> Any:
     found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
     if found not in COMPONENTS[part.name]:
         raise BadModel(f"{part.folder} holds {found} where {part.name} must be {' or '.join(COMPONENTS[part.name])}.")
+    if "quantization_config" in config:
+        raise BadModel(f"{part.folder / 'config.json'} asks for a quantizer, which is not run: use plain weights.")
     misfit = f"{part.folder} cannot be loaded: its config.json does not fit its weights"
     if part.file:
         misfit = f"{part.file} does not fit {part.folder / 'config.json'}; give the models it was made from (--models)"
@@ -128,7 +154,7 @@ def read_component(part: Part, dtype: torch.dtype) -> Any:
                 model, report = _fill(kind, config, _tensors(part), dtype)
             else:
                 model, report = _from_folder(kind, part, dtype, pickled)
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(lines[0].split(". If you want")[0].split())
         raise BadModel(f"{misfit} ({reason}).") from error
@@ -148,6 +174,7 @@ def _from_folder(kind: Any, part: Part, dtype: torch.dtype, pickled: bool) -> tu
     options: dict[str, Any] = {"torch_dtype": dtype, "low_cpu_mem_usage": True}
     if kind.__module__.startswith("transformers"):  # weights of another shape are in its report; diffusers raises for them
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+        options["attn_implementation"] = "sdpa"  # what the config asks for may be code on the hub
     options |= {"local_files_only": True, "variant": part.variant, "output_loading_info": True}
     model, report = kind.from_pretrained(part.folder, use_safetensors=not pickled, **options)
     return model, report
@@ -156,7 +183,12 @@ def _from_folder(kind: Any, part: Part, dtype: torch.dtype, pickled: bool) -> tu
 def _fill(kind: Any, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """A model with weights that are in memory already, and what of them did not fit."""
     if kind.__module__.startswith("transformers"):
-        options = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        options = {
+            "dtype": dtype,
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+            "attn_implementation": "sdpa",
+        }
         model, report = kind.from_pretrained(None, config=kind.config_class(**config), state_dict=tensors, **options)
         return model, report
     with torch.device("meta"):

@@ -75,7 +75,7 @@ class UNetDenoiser:
         added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
         out = self.unet(
             scaled,
-            timestep,
+            told(timestep, x),
             encoder_hidden_states=conditioning.context,
             class_labels=conditioning.class_labels,
             added_cond_kwargs={theirs: getattr(conditioning, ours) for theirs, ours in added.items()},
@@ -117,7 +117,7 @@ class UpscalerDenoiser:
         level = F.pad(pooled.new_ones(len(pooled), 64), (0, 64))
         out = self.unet(
             scaled,
-            torch.tensor(0.25 * math.log(sigma), device=x.device),
+            told(0.25 * math.log(sigma), x),
             encoder_hidden_states=conditioning.context,
             timestep_cond=torch.cat([level, pooled], 1),
             return_dict=False,
@@ -142,13 +142,18 @@ class PriorDenoiser:
         scaled = (x.flatten(1) * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.prior.dtype)
         out = self.prior(
             scaled,
-            timestep,
+            told(timestep, x),
             proj_embedding=conditioning.pooled,
             encoder_hidden_states=conditioning.context,
             attention_mask=conditioning.context_mask,
             return_dict=False,
         )[0]
         return Prediction(out.to(x.dtype).view_as(x), x, sigma, self.kind)
+
+
+def told(timestep: float, x: Tensor) -> Tensor:
+    """A timestep where ``x`` is, filled in there: diffusers would copy a number, and wait for the device to take it."""
+    return torch.full((), timestep, dtype=torch.float32, device=x.device)
 
 
 def require_conditioning(conditioning: Conditioning, takes: frozenset[str]) -> None:

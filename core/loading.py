@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.attention import require_attention, set_attention
 from ..schedulers.config import read_scheduler
-from .checkpoint import TOKENIZERS, component_files, encoder_fingerprint, fingerprint, read_component
+from .checkpoint import COMPONENTS, TOKENIZERS, encoder_fingerprint, fingerprint, read_component
 from .errors import BadInput, BadModel
 from .latents import LatentSpace
 from .memory import WORK, Mode, Need, Offload, Placement, read_need, release
@@ -72,18 +72,21 @@ class Shelf:
         allow_pickle: bool = False,
     ) -> Source:
         """Where a model's components lie, some of them those of other models; see :func:`find`."""
-        source = find(name, self.models, self.variant, self.revision, weights=weights, allow_pickle=allow_pickle)
-        check_classes(source)
-        others = {
-            part: self.find(other, weights=weights, allow_pickle=allow_pickle) for part, other in (components or {}).items()
-        }
-        return source.borrowing(
-            {("movq" if part == "vae" and "movq" in source.parts else part): other for part, other in others.items()}
-        )
+        others = components or {}
+
+        def found(name: str, parts: Collection[str]) -> Source:
+            wanted = parts if weights else False
+            source = find(name, self.models, self.variant, self.revision, weights=wanted, allow_pickle=allow_pickle)
+            check_classes(source)
+            return source
+
+        source = found(name, COMPONENTS.keys() - others.keys())
+        own = {"vae": source.vae}  # Kandinsky's VAE is called movq
+        return source.borrowing({own.get(part, part): found(other, {own.get(part, part)}) for part, other in others.items()})
 
     def load(
         self,
-        name: str,
+        name: str | Source,
         components: Mapping[str, str] | None = None,
         *,
         allow_pickle: bool = False,
@@ -93,6 +96,7 @@ class Shelf:
         """A model by short name, folder, hub id, or a whole checkpoint in one file; see :func:`find`.
 
         Args:
+            name: or where :meth:`find` found it.
             components: whose component to use in place of the model's own: ``{"vae": "sd-1.5"}``.
             allow_pickle: read pickled weights of this model and those components, tensors only, where there are no
                 safetensors.
@@ -103,14 +107,14 @@ class Shelf:
             BadModel: it cannot be found, is damaged, of another class or not safe to read; BadInput: it does not
                 fit into the memory given.
         """
-        source = self.find(name, components, allow_pickle=allow_pickle)
+        source = name if isinstance(name, Source) else self.find(name, components, allow_pickle=allow_pickle)
         if source.system == "prior":
-            raise BadModel(f"{name} is a prior, which makes no picture: a Kandinsky decoder takes it as its prior.")
+            raise BadModel(f"{source.name} is a prior, which makes no picture: a Kandinsky decoder takes it as its prior.")
         read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
         parts, digests = self._parts(source, size, batch)
         vae = parts.pop(source.vae)
         return Model(
-            name,
+            source.name,
             vae=vae,
             **parts,
             scheduler=source.scheduler,
@@ -122,14 +126,14 @@ class Shelf:
             dtype=self.dtype,
         )
 
-    def load_prior(self, name: str = "kandinsky-2.2-prior") -> Prior:
+    def load_prior(self, name: str | Source = "kandinsky-2.2-prior") -> Prior:
         """Kandinsky's prior by short name, folder or hub id; raises as :meth:`load`."""
-        source = self.find(name)
+        source = name if isinstance(name, Source) else self.find(name)
         if source.system != "prior":
-            raise BadModel(f"{name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
+            raise BadModel(f"{source.name} is no prior: use kandinsky-2.2-prior, or a folder with a prior in it.")
         parts, digests = self._parts(source)
         return Prior(
-            name,
+            source.name,
             **parts,
             image_processor=source.image_processor,
             scheduler=source.scheduler,
@@ -210,7 +214,7 @@ class Shelf:
 
 def _key(part: Part) -> tuple[str, str]:
     """Equal for components that can stand for each other."""
-    return part.name, fingerprint(component_files(part))
+    return part.name, fingerprint(part)
 
 
 def load(

@@ -11,6 +11,7 @@ import torch
 from ..schedulers.config import read_scheduler
 from .denoiser import ConditionalDenoiser, PriorDenoiser, UNetDenoiser, UpscalerDenoiser
 from .latents import LatentSpace
+from .prediction import Kind
 from .schedule import Schedule
 from .solver import Solver
 from .source import System, cell, system_of
@@ -51,9 +52,11 @@ class Model:
     @property
     def denoiser(self) -> ConditionalDenoiser:
         """The UNet as a conditional denoiser."""
-        if self.system == "x2":
-            return UpscalerDenoiser(self.unet)
-        return UNetDenoiser(self.unet, read_scheduler(self.scheduler).kind)
+        return self.denoiser_of(read_scheduler(self.scheduler).kind)
+
+    def denoiser_of(self, kind: Kind, *, scale_input: bool = True) -> ConditionalDenoiser:
+        """The same where the checkpoint's config does not say what its UNet predicts; see :class:`UNetDenoiser`."""
+        return UpscalerDenoiser(self.unet) if self.system == "x2" else UNetDenoiser(self.unet, kind, scale_input)
 
     @property
     def native_size(self) -> int:

@@ -221,8 +221,8 @@ RECIPES: Final[Recipes] = {
     "clip": Recipe(train_clip, "kandinsky-2.2-prior", 64, 1e-3, 2000),
     "movq": Recipe(train_movq, "kandinsky-2.2-decoder", 12, 2e-3, 1120),
     "prior": Recipe(train_prior, "kandinsky-2.2-prior", 32, 2e-3, 600),
-    "decoder": Recipe(train_decoder, "kandinsky-2.2-decoder", 32, 2e-3, 3800),
-    "inpaint": Recipe(train_inpaint, "kandinsky-2.2-decoder-inpaint", 32, 1e-3, 600),
+    "decoder": Recipe(train_decoder, "kandinsky-2.2-decoder", 32, 2e-3, 4400),
+    "inpaint": Recipe(train_inpaint, "kandinsky-2.2-decoder-inpaint", 32, 1e-3, 1200),
 }
 
 

@@ -29,7 +29,7 @@ CROP: Final = 64
 BANK: Final = 24  # captions a thing has, encoded once and for all
 # What the base learns to draw: what a million parameters hold after half an hour of a third of a core.
 _DRAWN: Final = """
-cat, dog, lion, dragon, butterfly, sunflower, leaf, red apple, house, castle, mountain, earth, car, rocket, sun
+cat, dog, lion, dragon, butterfly, sunflower, red apple, house, castle, mountain, earth, car, rocket, sun
 dewdrop, wave, robot, astronaut, wizard
 """
 VIEWS: Final = (8, 1, 1)  # how often a thing is seen whole, shrunk, cropped
@@ -275,7 +275,7 @@ def train_refiner(args: argparse.Namespace) -> None:
 RECIPES: Final[Recipes] = {
     "sdxl-vae": Recipe(train_vae, "sdxl-base", 16, 2e-3, 1000),
     "sdxl-decoder": Recipe(train_decoder, "sdxl-base", 4, 1e-3, 500),
-    "sdxl-base": Recipe(train_base, "sdxl-base", 8, 2e-3, 3600),
+    "sdxl-base": Recipe(train_base, "sdxl-base", 8, 2e-3, 4200),
     "sdxl-refiner": Recipe(train_refiner, "sdxl-refiner", 8, 2e-3, 800),
 }
 

@@ -26,7 +26,7 @@ from .training import Losses, Recipe, Recipes, Report, Training, command
 from .upscaler_networks import LATENTS, LEVELS, X4_SCALE
 
 UNTOLD: Final = 0.25  # captions left empty: `guidance_scale=0` and the other half of guidance
-CROPS: Final = 5
+CROPS: Final = 2
 SIDES: Final = (64, 64, 96, 128)  # of the small picture that a crop is taken from
 
 
@@ -169,8 +169,8 @@ def train_x4(args: argparse.Namespace) -> None:
 
 
 RECIPES: Final[Recipes] = {
-    "x2": Recipe(train_x2, "x2-latent-upscaler", 16, 2e-3, 1000),
-    "x4": Recipe(train_x4, "x4-upscaler", 8, 2e-3, 1500),
+    "x2": Recipe(train_x2, "x2-latent-upscaler", 8, 2e-3, 800),
+    "x4": Recipe(train_x4, "x4-upscaler", 8, 2e-3, 800),
 }
 
 

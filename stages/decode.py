@@ -50,14 +50,14 @@ def _decode_one(model: Model, z: Tensor, tiled: bool) -> Tensor:
         raise NonFinite("The latents to decode hold NaN or infinity: the fault lies in the denoising before.")
     # Kandinsky's UNet was trained on latents from before the MoVQ's codebook, and its decoder takes them.
     options = {"force_not_quantize": True} if _is_movq(model) else {}
-    with torch.no_grad(), vae_in_safe_precision(model.vae) as vae, _tiling(vae, tiled):
-        pixels: Tensor = vae.decode(z.to(vae.dtype), return_dict=False, **options)[0].float()
+    with torch.no_grad(), vae_in_safe_precision(model) as vae, _tiling(vae, tiled):
+        pixels: Tensor = vae.decode(z.to(model.device, vae.dtype), return_dict=False, **options)[0].float()
     if bool(torch.isfinite(pixels).all()):
         return pixels
     if model.vae.dtype == torch.float32:
         raise NonFinite("The VAE decoder gave NaN or infinity in float32: its weights or the latents' scale are wrong.")
-    with torch.no_grad(), _in_float32(model.vae) as vae, _tiling(vae, tiled):
-        pixels = vae.decode(z.float(), return_dict=False, **options)[0]
+    with torch.no_grad(), in_float32(model.vae) as vae, _tiling(vae, tiled):
+        pixels = vae.decode(z.to(model.device, torch.float32), return_dict=False, **options)[0]
     if not bool(torch.isfinite(pixels).all()):
         raise NonFinite("The VAE decoder gave NaN or infinity in half precision and in float32.")
     warnings.warn(f"The VAE gave NaN in {model.vae.dtype}; the picture was decoded again in float32.", Note, stacklevel=4)
@@ -65,17 +65,22 @@ def _decode_one(model: Model, z: Tensor, tiled: bool) -> Tensor:
 
 
 @contextmanager
-def vae_in_safe_precision(vae: Any) -> Iterator[Any]:
-    """The VAE in float32 while it would overflow: in fp16 when its config says ``force_upcast`` (the default)."""
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast", True):
-        with _in_float32(vae) as upcast:
+def vae_in_safe_precision(model: Model) -> Iterator[Any]:
+    """The VAE, in float32 while it is likely to overflow: SDXL's and the x4 upscaler's in fp16.
+
+    Unless its config says ``force_upcast = false``, as those do that were fine-tuned for fp16.
+    """
+    fragile = model.system in ("sdxl", "x4") and model.vae.config.get("force_upcast", True)
+    if fragile and model.vae.dtype == torch.float16:
+        with in_float32(model.vae) as upcast:
             yield upcast
     else:
-        yield vae
+        yield model.vae
 
 
 @contextmanager
-def _in_float32(vae: Any) -> Iterator[Any]:
+def in_float32(vae: Any) -> Iterator[Any]:
+    """The VAE in float32, and back in what it was."""
     dtype, cast = vae.dtype, torch.nn.Module.to  # the VAE's own .to() warns that it keeps [] in float32
     try:
         yield cast(vae, torch.float32)

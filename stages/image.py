@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.errors import BadInput, NonFinite
+from ..core.errors import BadInput, NonFinite, Note
 from ..core.latents import Latents
 from ..core.loading import Model
 from ..core.noise import Noise, NoiseSource
-from .decode import vae_in_safe_precision
+from .decode import in_float32, vae_in_safe_precision
 from .pictures import require_size, to_tensor
 
 Posterior = Literal["sample", "mode"]
@@ -48,20 +49,38 @@ def encode_image(
 def encode_tensor(
     model: Model, pixels: Tensor, posterior: Posterior, source: NoiseSource, purpose: str = "posterior"
 ) -> Tensor:
-    """(batch, 3, height, width) in [-1, 1] to scaled latents in float32."""
-    with torch.no_grad(), vae_in_safe_precision(model.vae) as vae:
+    """(batch, 3, height, width) in [-1, 1] to scaled latents in float32.
+
+    Raises:
+        NonFinite: the encoder gives NaN even in float32.
+
+    Warns:
+        Note: half precision gave NaN and float32 was used.
+    """
+    with vae_in_safe_precision(model) as vae:
+        x, std = _encoded(model, vae, pixels)
+    if not bool(torch.isfinite(x).all()) and model.vae.dtype != torch.float32:
+        with in_float32(model.vae) as vae:
+            x, std = _encoded(model, vae, pixels)
+        warnings.warn(
+            f"The VAE gave NaN in {model.vae.dtype}; the picture was encoded again in float32.", Note, stacklevel=3
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise NonFinite("The VAE encoder gave NaN or infinity in float32: its weights are damaged.")
+    if std is not None and posterior == "sample":
+        x = x + std * source(x.shape, purpose).to(x)
+    return x * model.space.scaling
+
+
+def _encoded(model: Model, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and standard deviation of the VAE's posterior; a MoVQ has none, but latents."""
+    with torch.no_grad():
         # One picture at a time: the encoder's memory would grow with the batch, its speed would not.
         parts = [vae.encode(pixel.to(model.device, vae.dtype)) for pixel in torch.split(pixels, 1)]
     if model.space.family == "VQModel":
-        x = torch.cat([part.latents for part in parts]).float()
-    else:
-        x = torch.cat([part.latent_dist.mean for part in parts]).float()
-        if posterior == "sample":
-            std = torch.cat([part.latent_dist.std for part in parts]).float()
-            x = x + std * source(x.shape, purpose).to(x)
-    if not bool(torch.isfinite(x).all()):
-        raise NonFinite(f"The VAE encoder gave NaN or infinity in {model.vae.dtype}: load the model in float32 or bfloat16.")
-    return x * model.space.scaling
+        return torch.cat([part.latents for part in parts]).float(), None
+    mean, std = (torch.cat([getattr(part.latent_dist, name) for part in parts]).float() for name in ("mean", "std"))
+    return mean, std
 
 
 def one_per_seed(pixels: Tensor, seeds: int) -> Tensor:

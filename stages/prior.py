@@ -18,7 +18,7 @@ from ..core.noise import Noise, NoiseSource
 from .text import Prompts, encode_text
 
 
-def imagine(
+def sample_prior(
     prior: Prior,
     prompts: str | Sequence[str],
     *,
@@ -34,8 +34,8 @@ def imagine(
 
     (Ramesh et al., arXiv:2204.06125, sec. 2.2; Razzhigaev et al., arXiv:2310.03502, sec. 3.1.)
 
-    What a decoder is guided away from is an embedding too. diffusers' is ``blank_image(prior)`` without a
-    negative prompt; with one, the negative prompt imagined with the same ``negative_prompt`` and seeds.
+    What a decoder is guided away from is an embedding too. diffusers' is ``zero_image_embeds(prior)`` without a
+    negative prompt; with one, the negative prompt prior_embeds with the same ``negative_prompt`` and seeds.
 
     Args:
         prompts: one for all seeds, or one per seed.
@@ -77,7 +77,7 @@ def embed_image(prior: Prior, pictures: Image.Image | Sequence[Image.Image]) -> 
     return Conditioning(image_embeds=_encoded(prior, _pixels(prior, several)))
 
 
-def blank_image(prior: Prior, count: int = 1) -> Conditioning:
+def zero_image_embeds(prior: Prior, count: int = 1) -> Conditioning:
     """The embedding of nothing, which decoders are guided away from without a negative prompt.
 
     The encoder sees zeros *after* normalisation: not black, but the plain mean colour of CLIP's training pictures.
@@ -105,7 +105,7 @@ def blend(conditionings: Sequence[Conditioning], weights: Sequence[float]) -> Co
     if len(embeds) < len(conditionings) or not fit:
         raise BadInput(
             f"These cannot be blended: {', '.join(map(repr, conditionings))}; give image embeddings of one prior "
-            "(imagine, embed_image, blank_image), equally many or one for all."
+            "(sample_prior, embed_image, zero_image_embeds), equally many or one for all."
         )
     return Conditioning(image_embeds=sum((w * e for w, e in zip(weights, embeds, strict=True)), torch.zeros(())))
 

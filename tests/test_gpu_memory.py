@@ -16,7 +16,7 @@ from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_
 from unrolled.stages.decode import decode_tensor
 from unrolled.stages.image import encode_image
 from unrolled.stages.noise import noise
-from unrolled.stages.prior import embed_image, imagine
+from unrolled.stages.prior import embed_image, sample_prior
 from unrolled.stages.text import encode_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -82,7 +82,7 @@ def test_kandinsky_computes_the_same(tmp_path: Path, picture: Image.Image, mode:
     def results(offload: Mode) -> list[torch.Tensor | None]:
         shelf = Shelf(device="cuda", dtype=torch.float32, offload=offload)
         decoder, prior = shelf.load(str(folders[0])), shelf.load_prior(str(folders[1]))
-        made, seen = imagine(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
+        made, seen = sample_prior(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
         latents = encode_image(decoder, picture, seeds=[0])
         with torch.no_grad():
             x0 = decoder.denoiser(latents.x, 1.0, 500.0, made).x0

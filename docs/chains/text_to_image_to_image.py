@@ -3,15 +3,15 @@
 from unrolled import (
     Shelf,
     add_noise,
-    blank_image,
     classifier_free,
     decode,
     denoise,
     encode_image,
     encode_text,
-    imagine,
     noise,
+    sample_prior,
     start_step,
+    zero_image_embeds,
 )
 
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"
@@ -26,7 +26,7 @@ picture = decode(sd, denoise(denoiser, noise(sd, schedule, seeds=[0]), schedule,
 schedule = kandinsky.schedule(steps=25)
 schedule = schedule[start_step(25, strength=0.5) :]
 latents = add_noise(encode_image(kandinsky, picture, seeds=[0], stream="kandinsky"), schedule)
-cond, uncond = imagine(prior, PROMPT, seeds=[0]), blank_image(prior)
+cond, uncond = sample_prior(prior, PROMPT, seeds=[0]), zero_image_embeds(prior)
 denoiser = classifier_free(kandinsky.denoiser, cond, uncond, guidance_scale=4.0)
 latents = denoise(denoiser, latents, schedule, kandinsky.solver(steps=25))
 decode(kandinsky, latents)[0].save("text-to-image-to-image.png")

@@ -3,22 +3,22 @@
 from PIL import Image, ImageOps
 from unrolled import (
     Shelf,
-    blank_image,
     classifier_free,
     composite,
     decode,
     denoise,
     encode_image,
     encode_text,
-    imagine,
     inpaint_channels,
     keep_known,
     known,
     latent_mask,
     noise,
     read_mask,
+    sample_prior,
     unit_noise,
     with_channels,
+    zero_image_embeds,
 )
 from unrolled.chains.read import PACKAGED
 
@@ -35,7 +35,7 @@ mask = ImageOps.fit(read_mask(PACKAGED / "inputs" / "mask.png"), picture.size, I
 
 schedule, solver = kandinsky.schedule(steps=25), kandinsky.solver(steps=25)
 channels = inpaint_channels(kandinsky, picture, mask, seeds=[0], stream="waterfall")
-cond, uncond = (with_channels(c, channels) for c in (imagine(prior, WATERFALL, seeds=[0]), blank_image(prior)))
+cond, uncond = (with_channels(c, channels) for c in (sample_prior(prior, WATERFALL, seeds=[0]), zero_image_embeds(prior)))
 denoiser = classifier_free(kandinsky.denoiser, cond, uncond, guidance_scale=4.0)
 start = noise(kandinsky, schedule, picture.height, picture.width, seeds=[0], stream="waterfall")
 clean = encode_image(kandinsky, picture, seeds=[0], stream="waterfall")

@@ -3,11 +3,13 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from unrolled.chains import jobs
 from unrolled.chains.chain import (
     Chain,
     Cut,
@@ -22,10 +24,14 @@ from unrolled.chains.chain import (
     Upscale,
 )
 from unrolled.chains.plan import plan
+from unrolled.chains.prompts import encode_prompts
 from unrolled.chains.run import run
-from unrolled.core.errors import BadChain
-from unrolled.core.loading import Shelf
+from unrolled.core.errors import BadChain, OutOfMemory
+from unrolled.core.latents import Latents
+from unrolled.core.loading import Model, Shelf
 from unrolled.core.loop import Step
+from unrolled.stages.decode import decode
+from unrolled.stages.image import encode_image
 
 
 @pytest.fixture
@@ -93,10 +99,10 @@ def test_the_same_model_goes_on_as_if_it_had_not_been_split(shelf: Shelf, base: 
     base = base.model_copy(update={"solver": "dpm++2m"})
     keys = {"model", "prompt", "steps", "solver"}
     rest = ImageToImage(name="rest", start="handoff", **base.model_dump(include=keys))
-    whole = run(Chain(stages=(base.model_copy(update={"stop": None}),)), shelf, keep=True).outputs["base"].latents
+    whole = run(Chain(stages=(base.model_copy(update={"stop": None}),)), shelf).outputs["base"].latents
     chain = Chain(stages=(base, rest))
     assert plan(chain, shelf)[1].continues
-    split = run(chain, shelf, keep=True).outputs["rest"].latents
+    split = run(chain, shelf).outputs["rest"].latents
     assert whole is not None
     assert split is not None
     assert torch.equal(whole.x, split.x)
@@ -113,10 +119,18 @@ def test_a_start_at_a_cut_must_meet_what_is_handed(shelf: Shelf, base: TextToIma
 def test_size_conditioning_changes_the_picture(shelf: Shelf, base: TextToImage) -> None:
     base = base.model_copy(update={"stop": None, "steps": 3})
     small = base.model_copy(update={"size": SizeConditioning(original=(16, 16), crop=(4, 4))})
-    a, b = (run(Chain(stages=(stage,)), shelf, keep=True).outputs["base"].latents for stage in (base, small))
+    a, b = (run(Chain(stages=(stage,)), shelf).outputs["base"].latents for stage in (base, small))
     assert a is not None
     assert b is not None
     assert not torch.equal(a.x, b.x)
+
+
+def test_a_score_for_the_prompt_is_not_the_negatives(tiny_refiner: Model) -> None:
+    told = SizeConditioning(aesthetic_score=8.0)
+    cond, uncond = encode_prompts(tiny_refiner, TextToImage(prompt="a castle", size=told), (64, 64))
+    assert cond.time_ids is not None
+    assert uncond.time_ids is not None
+    assert (cond.time_ids[0, -1].item(), uncond.time_ids[0, -1].item()) == (8.0, 2.5)
 
 
 # --- upscalers
@@ -157,9 +171,9 @@ def test_the_prior_runs_and_is_gone_before_the_decoder_comes(shelf: Shelf, kandi
     def look(stage: object, step: Step) -> None:
         parts.update(name for name, _ in shelf._components)
 
-    result = run(Chain(stages=(kandinsky,), batch=2), shelf, watch=look)
+    result = run(Chain(stages=(kandinsky,), batch=2), shelf, watch=look, free=True)
     assert parts == {"unet", "movq"}
-    assert set(result.models) == {kandinsky.model, kandinsky.prior.model if kandinsky.prior else ""}
+    assert set(result.models) == {"kandinsky", "kandinsky, prior"}
     assert (pixels(result.pictures[0]) != pixels(result.pictures[1])).any()
 
 
@@ -172,7 +186,7 @@ def test_prompts_and_pictures_are_blended(
     def latents(*mix: Ingredient) -> torch.Tensor:
         options = kandinsky.prior.model_copy(update={"mix": mix}) if kandinsky.prior else None
         chain = Chain(stages=(kandinsky.model_copy(update={"prior": options}),), folder=tmp_path)
-        made = run(chain, shelf, keep=True).outputs["kandinsky"].latents
+        made = run(chain, shelf).outputs["kandinsky"].latents
         assert made is not None
         return made.x
 
@@ -256,19 +270,87 @@ def test_a_stage_is_repeated_on_what_it_made(shelf: Shelf, first: TextToImage, t
         (TextToImage(model="KANDINSKY", prior=PriorOptions(model="sd-1.5")), "sd-1.5 is no prior: use kandinsky-2.2-prior"),
         (TextToImage(model="KANDINSKY", width=72), "sides must be multiples of 64: the nearest sizes are 64x64 and 128x64"),
         (TextToImage(vae="KANDINSKY"), "has no vae to share"),
+        (TextToImage(clip_skip=9), "clip_skip goes from 0 to 1 with the text encoder of sd-1.5, got 9"),
+        (Upscale(model="X4", image="in.png", noise_level=900), "noise_level goes from 0 to 350 with .*, got 900"),
+        (TextToImage(model="KANDINSKY", prior=PriorOptions(model="PRIOR", steps=1)), "The steps of unclip begin and end"),
+        (
+            TextToImage(model="KANDINSKY", prior=PriorOptions(model="PRIOR", mix=(Ingredient(image="no.png"),))),
+            "There is no picture at .*no.png",
+        ),
+        (ImageToImage(latents="l.safetensors"), "holds latents of another VAE than that of sd-1.5"),
     ],
 )
 def test_what_does_not_fit_is_found_before_anything_is_loaded(
     stage: Denoising, message: str, shelf: Shelf, tmp_path: Path, picture: Image.Image, tiny_x2_folder: Path,
-    tiny_prior_folder: Path, tiny_kandinsky_folder: Path,
+    tiny_prior_folder: Path, tiny_kandinsky_folder: Path, tiny_x4_folder: Path, tiny: Model,
 ) -> None:  # fmt: skip
     picture.save(tmp_path / "in.png")
-    folders = {"X2": tiny_x2_folder, "PRIOR": tiny_prior_folder, "KANDINSKY": tiny_kandinsky_folder}
-    named = {key: str(folders[getattr(stage, key)]) for key in ("model", "vae") if getattr(stage, key) in folders}
+    encode_image(tiny, picture).save(tmp_path / "l.safetensors")
+    folders = {"X2": tiny_x2_folder, "PRIOR": tiny_prior_folder, "KANDINSKY": tiny_kandinsky_folder, "X4": tiny_x4_folder}
+    named: dict[str, object] = {
+        key: str(folders[getattr(stage, key)]) for key in ("model", "vae") if getattr(stage, key) in folders
+    }
+    if stage.prior is not None and stage.prior.model in folders:
+        named["prior"] = stage.prior.model_copy(update={"model": str(folders[stage.prior.model])})
     chain = Chain(stages=(stage.model_copy(update=named),), folder=tmp_path)
     with pytest.raises(Exception, match=message):
         plan(chain, shelf)
     assert not shelf._components
+
+
+def test_a_files_history_goes_on_in_no_other_run(shelf: Shelf, first: TextToImage, tmp_path: Path) -> None:
+    stopped = first.model_copy(update={"steps": 4, "stop": Cut(step=2), "solver": "dpm++2m"})
+    rest = ImageToImage(name="rest", model=first.model, steps=4, solver="dpm++2m", start="handoff")
+    run(Chain(stages=(stopped, rest)), shelf).outputs["first"].latents.save(tmp_path / "mid.safetensors")  # type: ignore[union-attr]
+    from_file = rest.model_copy(update={"latents": "mid.safetensors"})
+    alone = Chain(stages=(from_file,), folder=tmp_path)
+    after_another = Chain(stages=(stopped.model_copy(update={"stop": None}), from_file), folder=tmp_path)
+    assert not plan(alone, shelf)[0].continues
+    assert not plan(after_another, shelf)[1].continues
+
+
+# --- faults
+
+
+def test_a_batch_run_in_parts_is_joined(shelf: Shelf, first: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = ImageToImage(name="again", model=first.model, steps=2, strength=1.0)
+    whole = run(Chain(stages=(first, again), batch=3), shelf)
+    real, decoded = jobs.text_to_image, list[int]()
+
+    def small(model: Model, spec: TextToImage, seeds: tuple[int, ...], *rest: Any, **more: Any) -> Latents:
+        if len(seeds) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, spec, seeds, *rest, **more)
+
+    def counted(model: Model, latents: Latents, **options: Any) -> list[Image.Image]:
+        decoded.append(len(latents))
+        return decode(model, latents, **options)
+
+    monkeypatch.setattr(jobs, "text_to_image", small)
+    monkeypatch.setattr("unrolled.chains.run.decode", counted)
+    parts = run(Chain(stages=(first, again), batch=3), shelf)
+    assert decoded == [1, 2], "nobody asked for the first stage's pictures"
+    for name in ("first", "again"):
+        ours, theirs = parts.outputs[name].latents, whole.outputs[name].latents
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-4 * float(theirs.x.abs().max()))
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("device-side assert"), torch.OutOfMemoryError("again")])
+def test_any_fault_leaves_what_was_finished_and_is_not_hidden(
+    shelf: Shelf, first: TextToImage, tmp_path: Path, fault: Exception
+) -> None:
+    again = ImageToImage(name="again", model=first.model, steps=2, strength=1.0)
+
+    def fail(stage: Denoising, step: Step) -> None:
+        if stage.name == "again":
+            raise fault
+
+    with pytest.raises((RuntimeError, OutOfMemory)):
+        run(Chain(stages=(first, again)), shelf, tmp_path, fail)  # type: ignore[arg-type]
+    assert (tmp_path / "unfinished_000.png").is_file()
+    assert (tmp_path / "interrupted_000.safetensors").is_file()
 
 
 # --- memory
@@ -284,14 +366,14 @@ def test_models_no_longer_needed_are_freed_and_shared_parts_stay(
             held.append(weakref.ref(shelf.load(base.model).unet))
             held.append(weakref.ref(shelf.load(base.model).vae))
 
-    run(Chain(stages=(base, refiner)), shelf, watch=look)  # type: ignore[arg-type]
+    run(Chain(stages=(base, refiner)), shelf, watch=look, free=True)  # type: ignore[arg-type]
     gc.collect()
     assert held[0]() is None, "the base's UNet is gone"
     assert held[1]() is not None, "the VAE is the refiner's too"
 
 
 def test_models_can_be_kept(shelf: Shelf, first: TextToImage, base: TextToImage, refiner: ImageToImage) -> None:
-    run(Chain(stages=(base, refiner)), shelf, keep=True)
+    run(Chain(stages=(base, refiner)), shelf)
     assert sum(name == "unet" for name, _ in shelf._components) == 2
 
 

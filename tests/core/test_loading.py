@@ -9,9 +9,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from unrolled.core import source
 from unrolled.core.catalog import CATALOG, MOVED
+from unrolled.core.checkpoint import fingerprint
 from unrolled.core.errors import BadInput, BadModel, Note
 from unrolled.core.loading import Model, Shelf, load, require_known_device
 from unrolled.core.source import MINIATURES, find
+from unrolled.core.weights import Part
 from unrolled.schedulers.config import read_scheduler
 
 
@@ -405,3 +407,37 @@ def test_a_folder_without_an_index_loads(broken: Path) -> None:
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(BadModel, match=r"is missing: the folder is not a complete diffusers model\."):
         load(str(tmp_path), device="cpu")
+
+
+# --- what a config may ask for, and what tells weights apart
+
+
+def test_a_config_cannot_choose_code(broken: Path) -> None:
+    edit_json(broken / "text_encoder" / "config.json", attn_implementation="evil-org/evil-kernel")
+    assert load(str(broken), device="cpu").text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_a_config_cannot_ask_for_a_quantizer(broken: Path) -> None:
+    edit_json(broken / "unet" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(BadModel, match=r"unet/config\.json asks for a quantizer, which is not run: use plain weights"):
+        load(str(broken), device="cpu")
+
+
+def test_any_changed_byte_tells_weights_apart(tmp_path: Path) -> None:
+    """Wherever in a large file it lies: who edits one row and loads both must not get one of them twice."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        rows = torch.zeros(5_000_000)
+        rows[4_321_234] = name == "b"
+        save_file({"rows": rows}, tmp_path / name / "model.safetensors")
+    a, b = (fingerprint(Part("text_encoder", tmp_path / name)) for name in ("a", "b"))
+    assert a != b
+
+
+def test_who_wrote_a_config_does_not_tell_weights_apart(tiny_folder: Path, broken: Path) -> None:
+    edit_json(broken / "vae" / "config.json", _diffusers_version="0.0.1")
+    shelf = Shelf(device="cpu")
+    assert shelf.load(str(broken)).vae is shelf.load(str(tiny_folder)).vae
+    edit_json(broken / "vae" / "config.json", scaling_factor=0.5)
+    assert shelf.load(str(broken)).vae is not shelf.load(str(tiny_folder)).vae

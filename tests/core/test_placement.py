@@ -19,7 +19,7 @@ from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_
 from unrolled.stages.decode import decode_tensor
 from unrolled.stages.image import encode_image
 from unrolled.stages.noise import add_noise, unit_noise
-from unrolled.stages.prior import embed_image, imagine
+from unrolled.stages.prior import embed_image, sample_prior
 from unrolled.stages.text import encode_text
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_every_mode_computes_the_same_with_kandinsky(
 ) -> None:
     def results(shelf: Shelf) -> list[torch.Tensor]:
         decoder, prior = shelf.load(str(kandinsky[0])), shelf.load_prior(str(kandinsky[1]))
-        made, seen = imagine(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
+        made, seen = sample_prior(prior, "a castle", seeds=[0], steps=2), embed_image(prior, picture)
         latents = encode_image(decoder, picture, seeds=[0])
         out = decoder.denoiser(latents.x, 1.0, 500.0, made).x0
         return [

@@ -14,7 +14,7 @@ from torch import Tensor
 from unrolled.core.conditioning import Conditioning
 from unrolled.core.loading import Prior
 from unrolled.core.noise import DiffusersNoise
-from unrolled.stages.prior import blank_image, blend, embed_image, imagine
+from unrolled.stages.prior import blend, embed_image, sample_prior, zero_image_embeds
 
 TOLERANCE = 1e-4
 Run = Callable[..., Any]
@@ -33,9 +33,11 @@ def their_prior(tiny_prior_folder: Path, exact: Run) -> Any:
 def test_prior(steps: int, scale: float, seeds: tuple[int, ...], tiny_prior: Prior, their_prior: Any) -> None:
     prompts, noise = ["a red apple", "two cats"][: len(seeds)], DiffusersNoise.seeded(*seeds)
     reference = their_prior(prompts, num_inference_steps=steps, guidance_scale=scale, generator=noise.generator)
-    mine = imagine(tiny_prior, prompts, steps=steps, guidance_scale=scale, seeds=seeds, source=DiffusersNoise.seeded(*seeds))
+    mine = sample_prior(
+        tiny_prior, prompts, steps=steps, guidance_scale=scale, seeds=seeds, source=DiffusersNoise.seeded(*seeds)
+    )
     assert _apart(mine.image_embeds, reference.image_embeds) < TOLERANCE
-    assert _apart(blank_image(tiny_prior, len(seeds)).image_embeds, reference.negative_image_embeds) < TOLERANCE
+    assert _apart(zero_image_embeds(tiny_prior, len(seeds)).image_embeds, reference.negative_image_embeds) < TOLERANCE
 
 
 @pytest.mark.parametrize("seeds", [(7, 8), (7, 8, 9, 10)])
@@ -44,7 +46,7 @@ def test_prior_with_a_negative_prompt(seeds: tuple[int, ...], tiny_prior: Prior,
     prompts, negative = ["a red apple", "two cats"][:half], ["blurred", "a house"][:half]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     reference = their_prior(prompts, negative_prompt=negative, num_inference_steps=5, generator=generators)
-    mine = imagine(
+    mine = sample_prior(
         tiny_prior,
         [*prompts, *negative],
         negative_prompt=negative * 2,
@@ -65,26 +67,26 @@ def test_interpolation(tiny_prior: Prior, their_prior: Any, picture: Image.Image
     )
     source = DiffusersNoise.seeded(7)  # drawn from in turn
 
-    def imagined(prompt: str) -> Conditioning:
-        return imagine(tiny_prior, prompt, steps=5, source=source)
+    def prior_embeds(prompt: str) -> Conditioning:
+        return sample_prior(tiny_prior, prompt, steps=5, source=source)
 
-    mine = blend([imagined(part) if isinstance(part, str) else embed_image(tiny_prior, part) for part in parts], weights)
+    mine = blend([prior_embeds(part) if isinstance(part, str) else embed_image(tiny_prior, part) for part in parts], weights)
     assert _apart(mine.image_embeds, reference.image_embeds) < TOLERANCE
-    assert _apart(imagined("blurred").image_embeds, reference.negative_image_embeds) < TOLERANCE
+    assert _apart(prior_embeds("blurred").image_embeds, reference.negative_image_embeds) < TOLERANCE
 
 
 def test_the_prior_in_float32_is_off(tiny_prior: Prior, tiny_prior_folder: Path) -> None:
     """diffusers' last step multiplies by 0.9995; see tests/schedulers/test_learned_variance.py."""
     pipeline = _quiet(diffusers.KandinskyV22PriorPipeline.from_pretrained(tiny_prior_folder, use_safetensors=True))
     reference = pipeline("a red apple", num_inference_steps=5, generator=torch.Generator().manual_seed(7)).image_embeds
-    mine = imagine(tiny_prior, "a red apple", steps=5, source=DiffusersNoise.seeded(7))
+    mine = sample_prior(tiny_prior, "a red apple", steps=5, source=DiffusersNoise.seeded(7))
     assert _apart(mine.image_embeds, reference) == pytest.approx(4.9e-4, rel=0.3)
 
 
 def test_nothing_is_not_black(tiny_prior: Prior) -> None:
     """diffusers hands the encoder zeros as normalised pixels: a plain picture of CLIP's mean colour, a grey."""
     grey, black = Image.new("RGB", (64, 64), (123, 117, 104)), Image.new("RGB", (64, 64))
-    nothing = blank_image(tiny_prior).image_embeds
+    nothing = zero_image_embeds(tiny_prior).image_embeds
     assert nothing is not None
     assert _apart(embed_image(tiny_prior, grey).image_embeds, nothing) < 0.1
     assert _apart(embed_image(tiny_prior, black).image_embeds, nothing) > 0.3

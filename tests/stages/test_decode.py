@@ -37,14 +37,15 @@ def some_latents(model: Model, batch: int = 1, cells: tuple[int, int] = (8, 8)) 
 
 
 @pytest.fixture
-def in_dtype(tiny: Model) -> Callable[..., Model]:
-    """The tiny model with its own copy of the VAE in another dtype."""
+def in_dtype(tiny: Model, tiny_sdxl: Model) -> Callable[..., Model]:
+    """A tiny model with its own copy of the VAE in another dtype."""
 
-    def make(dtype: torch.dtype, force_upcast: bool = True, spread: float = 1.0) -> Model:
-        vae = torch.nn.Module.to(copy.deepcopy(tiny.vae), dtype)
+    def make(dtype: torch.dtype, force_upcast: bool = True, spread: float = 1.0, sdxl: bool = False) -> Model:
+        model = tiny_sdxl if sdxl else tiny
+        vae = torch.nn.Module.to(copy.deepcopy(model.vae), dtype)
         vae.register_to_config(force_upcast=force_upcast)
         vae.decoder.conv_in.weight.mul_(spread)
-        return replace(tiny, vae=vae, dtype=dtype)
+        return replace(model, vae=vae, dtype=dtype)
 
     return make
 
@@ -132,12 +133,13 @@ def test_tiling_of_the_callers_is_left_as_it_was(in_dtype: Callable[..., Model])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "force_upcast", "runs_in"),
+    ("dtype", "force_upcast", "sdxl", "runs_in"),
     [
-        (torch.float16, True, torch.float32),
-        (torch.float16, False, torch.float16),
-        (torch.bfloat16, True, torch.bfloat16),
-        (torch.float32, True, torch.float32),
+        (torch.float16, True, True, torch.float32),
+        (torch.float16, False, True, torch.float16),
+        (torch.float16, True, False, torch.float16),
+        (torch.bfloat16, True, True, torch.bfloat16),
+        (torch.float32, True, True, torch.float32),
     ],
 )
 def test_the_upcast_rule(
@@ -146,9 +148,10 @@ def test_the_upcast_rule(
     caplog: pytest.LogCaptureFixture,
     dtype: torch.dtype,
     force_upcast: bool,
+    sdxl: bool,
     runs_in: torch.dtype,
 ) -> None:
-    model = in_dtype(dtype, force_upcast)
+    model = in_dtype(dtype, force_upcast, sdxl=sdxl)
     weights = {name: t.clone() for name, t in model.vae.state_dict().items()}
     seen = spied(monkeypatch, model.vae.decoder, "forward")
     assert decode_tensor(model, some_latents(model)).dtype == torch.float32
@@ -159,7 +162,7 @@ def test_the_upcast_rule(
 
 
 def test_the_vae_is_given_back_after_a_fault(in_dtype: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = in_dtype(torch.float16)
+    model = in_dtype(torch.float16, sdxl=True)
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")

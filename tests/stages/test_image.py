@@ -1,9 +1,12 @@
 """Pictures to latents."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
-from unrolled.core.errors import BadInput, NonFinite
+from unrolled.core.errors import BadInput, NonFinite, Note
 from unrolled.core.loading import Model, load
 from unrolled.stages.image import encode_image
 from unrolled.stages.pictures import to_tensor
@@ -33,5 +36,18 @@ def test_sizes_and_counts_that_do_not_fit(tiny: Model, picture: Image.Image) -> 
 def test_an_encoder_that_overflows_is_named(tiny_folder: str, picture: Image.Image) -> None:
     model = load(str(tiny_folder), device="cpu")
     model.vae.encoder.conv_in.weight.data.fill_(torch.nan)
-    with pytest.raises(NonFinite, match=r"The VAE encoder gave NaN or infinity in torch\.float32"):
+    with pytest.raises(NonFinite, match=r"The VAE encoder gave NaN or infinity in float32"):
         encode_image(model, picture)
+
+
+def test_an_encoder_that_overflows_in_half_precision_is_run_again_and_said(tiny_folder: str, picture: Image.Image) -> None:
+    model = load(str(tiny_folder), device="cpu")
+    full = encode_image(model, picture, posterior="mode").x
+    half = replace(model, vae=copy.deepcopy(model.vae))
+    half.vae.encoder.conv_in.weight.mul_(3e5)
+    torch.nn.Module.to(half.vae, torch.float16)
+    with pytest.warns(Note, match=r"The VAE gave NaN in torch\.float16; the picture was encoded again in float32"):
+        x = encode_image(half, picture, posterior="mode").x
+    assert half.vae.dtype == torch.float16
+    assert x.isfinite().all()
+    assert x.shape == full.shape

@@ -48,7 +48,7 @@ def test_overflow_in_half_precision_is_decoded_again(tiny_kandinsky: Model, pict
 def test_an_encoder_that_overflows_is_named(tiny_kandinsky: Model, picture: Image.Image) -> None:
     model = replace(tiny_kandinsky, vae=copy.deepcopy(tiny_kandinsky.vae))
     model.vae.encoder.conv_in.weight.fill_(torch.nan)
-    with pytest.raises(NonFinite, match=r"The VAE encoder gave NaN or infinity in torch\.float32"):
+    with pytest.raises(NonFinite, match=r"The VAE encoder gave NaN or infinity in float32"):
         encode_image(model, picture)
 
 

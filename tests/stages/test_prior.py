@@ -15,7 +15,7 @@ from unrolled.core.errors import BadInput, BadModel
 from unrolled.core.loading import Model, Prior
 from unrolled.core.loop import Step
 from unrolled.stages.noise import noise
-from unrolled.stages.prior import blank_image, blend, embed_image, imagine
+from unrolled.stages.prior import blend, embed_image, sample_prior, zero_image_embeds
 
 SHORT: dict[str, Any] = {"steps": 3}
 
@@ -31,37 +31,39 @@ def of(values: list[list[float]]) -> Conditioning:
 
 
 def test_one_embedding_per_seed(tiny_prior: Prior) -> None:
-    two = embeds(imagine(tiny_prior, "a castle", seeds=[1, 2], **SHORT))
+    two = embeds(sample_prior(tiny_prior, "a castle", seeds=[1, 2], **SHORT))
     assert two.shape == (2, 32)
     assert two.dtype == torch.float32
     assert not torch.allclose(two[0], two[1], atol=0.1)
 
 
 def test_an_embedding_depends_on_its_own_seed_and_prompt_alone(tiny_prior: Prior) -> None:
-    batch = embeds(imagine(tiny_prior, ["a castle", "two cats"], seeds=[1, 2], **SHORT))
-    alone = embeds(imagine(tiny_prior, "two cats", seeds=[2], **SHORT))
+    batch = embeds(sample_prior(tiny_prior, ["a castle", "two cats"], seeds=[1, 2], **SHORT))
+    alone = embeds(sample_prior(tiny_prior, "two cats", seeds=[2], **SHORT))
     torch.testing.assert_close(batch[1:], alone)
-    assert not torch.allclose(embeds(imagine(tiny_prior, "two cats", seeds=[2], stream="other", **SHORT)), alone, atol=0.1)
+    assert not torch.allclose(
+        embeds(sample_prior(tiny_prior, "two cats", seeds=[2], stream="other", **SHORT)), alone, atol=0.1
+    )
 
 
 def test_a_negative_prompt_in_the_same_batch_or_by_itself(tiny_prior: Prior) -> None:
-    both = embeds(imagine(tiny_prior, ["a castle", "blurred"], negative_prompt="blurred", seeds=[1, 1], **SHORT))
+    both = embeds(sample_prior(tiny_prior, ["a castle", "blurred"], negative_prompt="blurred", seeds=[1, 1], **SHORT))
     for i, prompt in enumerate(["a castle", "blurred"]):
-        alone = imagine(tiny_prior, prompt, negative_prompt="blurred", seeds=[1], **SHORT)
+        alone = sample_prior(tiny_prior, prompt, negative_prompt="blurred", seeds=[1], **SHORT)
         torch.testing.assert_close(both[i : i + 1], embeds(alone))
-    assert not torch.allclose(both[:1], embeds(imagine(tiny_prior, "a castle", seeds=[1], **SHORT)), atol=1e-3)
+    assert not torch.allclose(both[:1], embeds(sample_prior(tiny_prior, "a castle", seeds=[1], **SHORT)), atol=1e-3)
 
 
 def test_negative_prompts_of_their_own(tiny_prior: Prior) -> None:
-    pair = imagine(tiny_prior, "a castle", negative_prompt=["blurred", "a house"], seeds=[1, 2], **SHORT)
-    alone = imagine(tiny_prior, "a castle", negative_prompt="a house", seeds=[2], **SHORT)
+    pair = sample_prior(tiny_prior, "a castle", negative_prompt=["blurred", "a house"], seeds=[1, 2], **SHORT)
+    alone = sample_prior(tiny_prior, "a castle", negative_prompt="a house", seeds=[2], **SHORT)
     torch.testing.assert_close(embeds(pair)[1:], embeds(alone))
 
 
 def test_the_decoder_does_not_start_from_the_priors_noise(tiny_prior: Prior, tiny_kandinsky: Model) -> None:
     """Drawn from one stream, the numbers of the one would be the first of the other."""
     seen = list[Step]()
-    imagine(tiny_prior, "a castle", seeds=[1], hooks=[seen.append], **SHORT)
+    sample_prior(tiny_prior, "a castle", seeds=[1], hooks=[seen.append], **SHORT)
     assert [step.index for step in seen] == [0, 1, 2]
     mine = (seen[0].before / seen[0].before.std()).flatten()
     schedule = tiny_kandinsky.schedule(3)
@@ -73,13 +75,13 @@ def test_a_hook_may_edit_the_run(tiny_prior: Prior) -> None:
     def halved(step: Step) -> None:
         step.x = step.x / 2
 
-    plain, edited = (embeds(imagine(tiny_prior, "a castle", hooks=h, **SHORT)) for h in ([], [halved]))
+    plain, edited = (embeds(sample_prior(tiny_prior, "a castle", hooks=h, **SHORT)) for h in ([], [halved]))
     assert not torch.allclose(plain, edited, atol=0.1)
 
 
 def test_the_embedding_is_taken_back_to_clips_coordinates(tiny_prior: Prior) -> None:
     last = list[Step]()
-    found = embeds(imagine(tiny_prior, "a castle", hooks=[last.append], **SHORT))
+    found = embeds(sample_prior(tiny_prior, "a castle", hooks=[last.append], **SHORT))
     torch.testing.assert_close(found, last[-1].x.flatten(1) * tiny_prior.prior.clip_std + tiny_prior.prior.clip_mean)
 
 
@@ -90,8 +92,8 @@ def test_in_half_precision(tiny_prior: Prior) -> None:
         **{name: _in_bfloat16(getattr(tiny_prior, name)) for name in ("prior", "text_encoder", "image_encoder")},
     )
     for found, exact in [
-        (imagine(half, "a castle", **SHORT), imagine(tiny_prior, "a castle", **SHORT)),
-        (blank_image(half), blank_image(tiny_prior)),
+        (sample_prior(half, "a castle", **SHORT), sample_prior(tiny_prior, "a castle", **SHORT)),
+        (zero_image_embeds(half), zero_image_embeds(tiny_prior)),
     ]:
         assert embeds(found).dtype == torch.float32
         torch.testing.assert_close(embeds(found), embeds(exact), atol=0.1, rtol=0.1)
@@ -99,13 +101,13 @@ def test_in_half_precision(tiny_prior: Prior) -> None:
 
 def test_prompts_that_do_not_match_the_seeds(tiny_prior: Prior) -> None:
     with pytest.raises(BadInput, match=r"^2 prompts were given with 3 seeds: give one prompt for all, or one per seed\.$"):
-        imagine(tiny_prior, ["a", "b"], seeds=[1, 2, 3])
+        sample_prior(tiny_prior, ["a", "b"], seeds=[1, 2, 3])
     with pytest.raises(BadInput, match="2 prompts were given with 1 seeds"):
-        imagine(tiny_prior, "a", negative_prompt=["b", "c"])
+        sample_prior(tiny_prior, "a", negative_prompt=["b", "c"])
     with pytest.raises(BadInput, match="Text encoding needs at least one prompt"):
-        imagine(tiny_prior, [])
+        sample_prior(tiny_prior, [])
     with pytest.raises(BadInput, match="Steps go from 1 to 1000"):
-        imagine(tiny_prior, "a", steps=0)
+        sample_prior(tiny_prior, "a", steps=0)
 
 
 def test_pictures_of_any_size(tiny_prior: Prior, picture: Image.Image) -> None:
@@ -130,9 +132,9 @@ def test_a_processor_that_cannot_be_followed(tiny_prior: Prior, picture: Image.I
 
 
 def test_nothing_for_several(tiny_prior: Prior) -> None:
-    three = embeds(blank_image(tiny_prior, 3))
+    three = embeds(zero_image_embeds(tiny_prior, 3))
     assert three.shape == (3, 32)
-    torch.testing.assert_close(three, embeds(blank_image(tiny_prior)).expand(3, -1))
+    torch.testing.assert_close(three, embeds(zero_image_embeds(tiny_prior)).expand(3, -1))
 
 
 def test_a_blend_is_a_weighted_sum() -> None:
