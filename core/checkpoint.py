@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import BadModel
 from .single_file import convert
-from .weights import Part, read_json, read_tensors, weight_files
+from .weights import Part, file_state, read_json, read_tensors, weight_files
 
 COMPONENTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -78,14 +78,8 @@ def fingerprint(part: Part) -> str:
             config = {key: value for key, value in read_json(file).items() if key[0] != "_" and key not in _WRITERS}
             digest.update(json.dumps(config, sort_keys=True).encode())
         else:
-            digest.update(_digest(*_state(file)))
+            digest.update(_digest(*file_state(file)))
     return digest.hexdigest()[:16]
-
-
-def _state(file: Path) -> tuple[Path, int, int]:
-    """Changes whenever a file does."""
-    found = file.stat()
-    return file, found.st_size, found.st_mtime_ns
 
 
 @cache
@@ -99,8 +93,13 @@ def _digest(file: Path, size: int, modified: int) -> bytes:
 
 def tensor_bytes(part: Part, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each tensor of a component takes once loaded in ``dtype``; the files are mapped, not read."""
-    sizes = ((name, t.numel(), dtype if t.is_floating_point() else t.dtype) for name, t in _tensors(part).items())
-    return {name: count * kind.itemsize for name, count, kind in sizes}
+    shapes = _shapes(part, tuple(file_state(file) for file in weight_files(part)))
+    return {name: count * (dtype if kind.is_floating_point else kind).itemsize for name, count, kind in shapes}
+
+
+@cache
+def _shapes(part: Part, states: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[str, int, torch.dtype], ...]:
+    return tuple((name, tensor.numel(), tensor.dtype) for name, tensor in _tensors(part).items())
 
 
 def encoder_fingerprint(part: Part) -> str:
@@ -108,7 +107,7 @@ def encoder_fingerprint(part: Part) -> str:
 
     fp32 and fp16 files of one VAE agree, and so do a folder of it and a whole checkpoint that holds it.
     """
-    return _encoder_digest(part, tuple(_state(file) for file in weight_files(part)))
+    return _encoder_digest(part, tuple(file_state(file) for file in weight_files(part)))
 
 
 @cache

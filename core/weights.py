@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,19 @@ def weight_files(part: Part) -> list[Path]:
         if "-of-" in chosen[0].name and not shard.is_file():
             raise BadModel(f"{shard} is missing: the folder is not a complete diffusers model.")
     for file in chosen:
-        read_tensors(file, part.allow_pickle)
+        _require_readable(*file_state(file), part.allow_pickle)
     return chosen
+
+
+def file_state(file: Path) -> tuple[Path, int, int]:
+    """Path, size and time of change: what is kept about a file is kept under these."""
+    found = file.stat()
+    return file, found.st_size, found.st_mtime_ns
+
+
+@cache
+def _require_readable(file: Path, size: int, modified: int, allow_pickle: bool) -> None:
+    read_tensors(file, allow_pickle)
 
 
 def has_weights(part: Part) -> bool:

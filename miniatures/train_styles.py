@@ -123,8 +123,8 @@ def train_style(args: argparse.Namespace) -> None:
 
 
 RECIPES: Final[Recipes] = {
-    "comic": Recipe(train_style, "comic-diffusion", 16, 6e-4, 600),
-    "pixels": Recipe(train_style, "pixel-art-style", 16, 4e-4, 700),
+    "comic": Recipe(train_style, "comic-diffusion", 16, 6e-4, 500),
+    "pixels": Recipe(train_style, "pixel-art-style", 16, 4e-4, 400),
 }
 
 

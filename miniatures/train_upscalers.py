@@ -169,8 +169,8 @@ def train_x4(args: argparse.Namespace) -> None:
 
 
 RECIPES: Final[Recipes] = {
-    "x2": Recipe(train_x2, "x2-latent-upscaler", 8, 2e-3, 800),
-    "x4": Recipe(train_x4, "x4-upscaler", 8, 2e-3, 800),
+    "x2": Recipe(train_x2, "x2-latent-upscaler", 8, 2e-3, 4200),
+    "x4": Recipe(train_x4, "x4-upscaler", 8, 2e-3, 3600),
 }
 
 

@@ -30,14 +30,14 @@ denoiser = classifier_free(sd.denoiser, encode_text(sd, PROMPT), encode_text(sd,
 start = add_noise(encode_image(sd, picture, seeds=[0]), schedule)
 small = denoise(denoiser, start, schedule, sd.solver(25, "dpm++2m"))
 
-schedule = x2.schedule(steps=20)
+schedule = x2.schedule(steps=12)
 cond, uncond = (with_latents(x2, encode_text(x2, prompt), small) for prompt in (PROMPT, ""))
 start = noise(x2, schedule, *enlarged_size(x2, small.size), seeds=[0], stream="x2")
-latents = denoise(classifier_free(x2.denoiser, cond, uncond, guidance_scale=9.0), start, schedule, x2.solver(steps=20))
+latents = denoise(classifier_free(x2.denoiser, cond, uncond, guidance_scale=1.5), start, schedule, x2.solver(steps=12))
 
 twice = decode(x2, latents)
-schedule = x4.schedule(steps=20)
+schedule = x4.schedule(steps=12)
 cond, uncond = (with_low_res(x4, encode_text(x4, prompt), twice, seeds=[0], stream="x4") for prompt in (PROMPT, ""))
 start = noise(x4, schedule, *enlarged_size(x4, latents.size), seeds=[0], stream="x4")
-latents = denoise(classifier_free(x4.denoiser, cond, uncond, guidance_scale=9.0), start, schedule, x4.solver(steps=20))
+latents = denoise(classifier_free(x4.denoiser, cond, uncond, guidance_scale=1.5), start, schedule, x4.solver(steps=12))
 decode(x4, latents)[0].save("image-to-upscaler-to-super-resolution.png")

@@ -51,14 +51,15 @@ def told(text: Conditioning, score: float) -> Conditioning:
 
 
 cond, uncond = told(encode_text(refiner, PROMPT), 6.0), told(encode_text(refiner, None), 2.5)
-denoiser = classifier_free(refiner.denoiser, cond, uncond, guidance_scale=5.0)
 
 whole, solver = refiner.schedule(steps=30), refiner.solver(steps=30)
-schedule = whole[start_step(30, strength=0.5) :]
+schedule = whole[start_step(30, strength=0.3) :]
 clean = encode_image(refiner, picture, seeds=[0], stream="detail")
 keep = keep_known(latent_mask(mask, refiner.space), known(clean, unit_noise(clean), schedule))
+denoiser = classifier_free(refiner.denoiser, cond, uncond, guidance_scale=7.5)
 latents = denoise(denoiser, add_noise(clean, schedule), schedule, solver, hooks=[keep])
 
-schedule = whole[start_step(30, strength=0.2) :]
+schedule = whole[start_step(30, strength=0.15) :]
+denoiser = classifier_free(refiner.denoiser, cond, uncond, guidance_scale=5.0)
 latents = denoise(denoiser, add_noise(latents.handed_on("final"), schedule), schedule, solver)
 decode(refiner, latents)[0].save("inpaint-to-image-to-image.png")

@@ -26,7 +26,7 @@ picture = decode(sd, denoise(denoiser, noise(sd, schedule, seeds=[0]), schedule,
 schedule = kandinsky.schedule(steps=25)
 schedule = schedule[start_step(25, strength=0.5) :]
 latents = add_noise(encode_image(kandinsky, picture, seeds=[0], stream="kandinsky"), schedule)
-cond, uncond = sample_prior(prior, PROMPT, seeds=[0]), zero_image_embeds(prior)
+cond, uncond = sample_prior(prior, PROMPT, seeds=[0], stream="kandinsky"), zero_image_embeds(prior)
 denoiser = classifier_free(kandinsky.denoiser, cond, uncond, guidance_scale=4.0)
 latents = denoise(denoiser, latents, schedule, kandinsky.solver(steps=25))
 decode(kandinsky, latents)[0].save("text-to-image-to-image.png")

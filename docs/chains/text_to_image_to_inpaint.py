@@ -31,11 +31,12 @@ sd, kandinsky, prior = shelf.load("sd-1.5"), shelf.load("kandinsky-2.2-decoder-i
 schedule, solver = sd.schedule(25, "dpm++2m"), sd.solver(25, "dpm++2m")
 denoiser = classifier_free(sd.denoiser, encode_text(sd, CASTLE), encode_text(sd, ""), guidance_scale=7.5)
 picture = decode(sd, denoise(denoiser, noise(sd, schedule, seeds=[0]), schedule, solver))[0]
-mask = ImageOps.fit(read_mask(PACKAGED / "inputs" / "mask.png"), picture.size, Image.Resampling.LANCZOS)
+mask = ImageOps.fit(read_mask(PACKAGED / "inputs" / "mask-below.png"), picture.size, Image.Resampling.LANCZOS)
 
 schedule, solver = kandinsky.schedule(steps=25), kandinsky.solver(steps=25)
 channels = inpaint_channels(kandinsky, picture, mask, seeds=[0], stream="waterfall")
-cond, uncond = (with_channels(c, channels) for c in (sample_prior(prior, WATERFALL, seeds=[0]), zero_image_embeds(prior)))
+embeds = sample_prior(prior, WATERFALL, seeds=[0], stream="waterfall")
+cond, uncond = (with_channels(c, channels) for c in (embeds, zero_image_embeds(prior)))
 denoiser = classifier_free(kandinsky.denoiser, cond, uncond, guidance_scale=4.0)
 start = noise(kandinsky, schedule, picture.height, picture.width, seeds=[0], stream="waterfall")
 clean = encode_image(kandinsky, picture, seeds=[0], stream="waterfall")
