@@ -177,7 +177,7 @@ class Shelf:
         watched = [(weakref.ref(self._components[key]), self._placed.pop(key)[0]) for key in gone & self._placed.keys()]
         for key in gone:
             del self._components[key]
-        release(self.device)
+        release(self.device, cycles=any(component() is not None for component, _ in watched))
         return sum(need.weights for component, need in watched if component() is None)
 
     def _parts(
