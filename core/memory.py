@@ -175,7 +175,7 @@ class Placement:
         self._running = weakref.ref(component)
         if before is not None:
             before.to("cpu")
-            _empty_cache(self.device)
+            release(self.device, cycles=False)
         try:
             component.to(self.device)
         except BaseException:  # out of memory half way: a smaller batch will be tried
