@@ -120,7 +120,11 @@ def _require_same_space(stage: Denoising, before: StagePlan, source: Source) -> 
     if None not in prints and prints[0] != prints[1]:
         raise BadInput(
             f"{source.name} and {before.source.name if before.source else ''} have different VAEs, so latents cannot be "
-            'handed on: say via = "pixels" to decode and encode in between.'
+            + (
+                "handed on while they are noisy: let two models of one VAE share a run."
+                if before.left_noisy
+                else 'handed on: say via = "pixels" to decode and encode in between.'
+            )
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..core.schedule import Schedule
 from ..core.solver import Solver
 from ..core.source import Source, enlarges
 from ..core.weights import has_weights
-from .chain import Chain, Denoising, ImageToImage, Inpaint, PriorOptions, Resize, Sharpen, Stage
+from .chain import Chain, Denoising, ImageToImage, Inpaint, PriorOptions, Resize, Sharpen, Stage, Upscale
 from .defaults import filled
 from .fit import require_fit, require_prior
 from .handed import pixels_of, what_is_handed
@@ -76,7 +76,8 @@ def count_evaluations(solver: Solver, schedule: Schedule) -> int:
 
     def nothing(x: Tensor, sigma: float, timestep: float) -> Prediction:
         calls.append(sigma)
-        return Prediction.from_x0(torch.zeros_like(x), x, sigma)
+        # Some solvers take the variance from the network too.
+        return replace(Prediction.from_x0(torch.zeros_like(x), x, sigma), variance=torch.zeros_like(x))
 
     pixel = LatentSpace("none", channels=1, downscale=1, scaling=1.0, fingerprint="")
     start = Latents(torch.zeros(1, 1, 1, 1), pixel, schedule.sigmas[0], seeds=(0,))
@@ -179,7 +180,7 @@ def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
 
 
 def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> Iterable[str]:
-    if max(size) > 2 * native:
+    if max(size) > 2 * native and not isinstance(stage, Upscale):
         yield f"{size[0]}x{size[1]} is far above the model's native {native} px: take fit = true or a smaller size"
     if run.schedule.first and isinstance(stage, ImageToImage | Inpaint):
         yield f"runs {len(run.schedule)} of {len(run.whole)} steps, from sigma {run.schedule.sigmas[0]:.3g}"

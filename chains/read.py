@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import BadChain
 from .chain import KINDS, STAGE, Chain, Named, Stage, stage_names
 
+_FILES = ("image", "latents", "mask")
 PACKAGED = Path(__file__).parent
 """The chain files that come with the package."""
 
@@ -97,6 +98,8 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
+    if key.strip().split(".")[-1] in _FILES and Path(str(value)).is_file():
+        value = str(Path(str(value)).resolve())  # one's own file, whatever folder the chain lies in
     first, dot, rest = key.strip().partition(".")
     if not dot:
         return _everywhere(document, stages, first, value)
@@ -124,7 +127,7 @@ def _find(source: str | Path) -> Path:
     if str(source) in packaged:
         return packaged[str(source)]
     near = _closest(str(source), set(packaged))
-    raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}{near}.")
+    raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}{near or '.'}")
 
 
 def _closest(key: str, known: set[str]) -> str:
@@ -159,8 +162,9 @@ class _Locator:
 
     def error(self, stage: int | None, key: str, message: str) -> BadChain:
         """``message`` with the line of ``key`` in a stage or above the first; not if it was given from outside."""
+        message = message if message.endswith("?") else f"{message}."
         if key in self.given:
-            return BadChain(f"Given for {self.path.name}: {message}.")
+            return BadChain(f"Given for {self.path.name}: {message}")
         heads = [i for i, line in enumerate(self.lines) if re.match(r"\s*\[\[\s*stage\s*\]\]", line)]
         start, end = (0, heads[0] if heads else len(self.lines))
         if stage is not None and stage < len(heads):
@@ -168,6 +172,6 @@ class _Locator:
         for area in (range(start, end), range(heads[0] if heads else 0)):
             for i in area:
                 if re.match(rf"\s*\[?\s*[\"']?{re.escape(key)}[\"']?\s*[=.\]]", self.lines[i]) and key:
-                    return BadChain(f"{self.path}, line {i + 1}: {message}.")
+                    return BadChain(f"{self.path}, line {i + 1}: {message}")
         line = f", line {start + 1}" if stage is not None and heads else ""
-        return BadChain(f"{self.path}{line}: {message}.")
+        return BadChain(f"{self.path}{line}: {message}")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from unrolled.chains.chain import Chain
 from unrolled.chains.plan import plan
-from unrolled.chains.read import read_chain
+from unrolled.chains.read import packaged_chains, read_chain
 from unrolled.core.errors import BadChain, BadModel
 from unrolled.core.loading import Shelf
 
@@ -140,3 +140,25 @@ def test_a_picture_far_above_the_native_size_is_noted(tmp_path: Path) -> None:
     Image.new("RGB", (200, 64)).save(tmp_path / "wide.png")
     job = chain(tmp_path, '[[stage]]\ndo = "image-to-image"\nimage = "wide.png"\n')
     assert "far above the model's native 64 px" in plan(job, Shelf(device="cpu"))[0].notes[0]
+
+
+@pytest.mark.parametrize("name", packaged_chains())
+def test_every_packaged_chain_plans_and_counts_its_calls(name: str) -> None:
+    for item in plan(read_chain(name), Shelf(device="cpu")):
+        assert (item.evaluations >= len(item.run.schedule)) if item.run else item.evaluations == 0
+        assert not any("far above" in note for note in item.notes)
+
+
+def test_noisy_latents_of_another_vae_are_not_told_to_go_through_pixels() -> None:
+    chain = read_chain("base-to-refiner", ["refiner.model=sd-1.5"])
+    with pytest.raises(BadChain, match="handed on while they are noisy: let two models of one VAE share a run"):
+        plan(chain, Shelf(device="cpu"))
+
+
+def test_a_file_named_from_outside_is_ones_own(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture.save(tmp_path / "mine.png")
+    monkeypatch.chdir(tmp_path)
+    chain = read_chain("image-to-image-to-image", ["changed.image=mine.png"])
+    assert plan(chain, Shelf(device="cpu"))[0].takes.endswith("mine.png, fitted")
