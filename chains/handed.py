@@ -28,6 +28,7 @@ class Handed:
         sigma: how noisy it is, for a stage that goes on from there.
         decodes: whether latents of the stage before have to be decoded for it.
         goes_on: whether it comes noisy from the stage before.
+        notes: what the plan should say of it.
     """
 
     size: tuple[int, int]
@@ -35,6 +36,7 @@ class Handed:
     sigma: float | None = None
     decodes: bool = False
     goes_on: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def what_is_handed(chain: Chain, stage: Denoising, before: StagePlan | None, source: Source) -> Handed:
@@ -89,7 +91,10 @@ def _input(chain: Chain, stage: FromPicture, before: StagePlan | None, source: S
     composited = isinstance(before.stage, Inpaint) and before.stage.composite
     wants_pixels = isinstance(stage, Inpaint) or source.system == "x4" or stage.via == "pixels"
     if wants_pixels or composited or before.run is None:
-        return Handed(before.size, "pixels", decodes=True)
+        notes: tuple[str, ...] = ()
+        if before.source is not None and not _may_share(source, before.source):
+            notes = (f"through pixels, because the latent spaces of {before.source.name} and {source.name} differ",)
+        return Handed(before.size, "pixels", decodes=True, notes=notes)
     _require_same_space(stage, before, source)
     return Handed(before.size, "latents")
 
@@ -116,16 +121,18 @@ def _require_mask(chain: Chain, stage: Inpaint, size: tuple[int, int]) -> None:
 
 
 def _require_same_space(stage: Denoising, before: StagePlan, source: Source) -> None:
-    prints = [_encoder(source), _encoder(before.source) if before.source else None]
-    if None not in prints and prints[0] != prints[1]:
-        raise BadInput(
-            f"{source.name} and {before.source.name if before.source else ''} have different VAEs, so latents cannot be "
-            + (
-                "handed on while they are noisy: let two models of one VAE share a run."
-                if before.left_noisy
-                else 'handed on: say via = "pixels" to decode and encode in between.'
-            )
-        )
+    if before.source is None or _may_share(source, before.source):
+        return
+    names = f"{source.name} and {before.source.name} have different VAEs, so latents cannot be handed on"
+    if before.left_noisy:
+        raise BadInput(f"{names} while they are noisy: let two models of one VAE share a run.")
+    raise BadInput(f'{names}: say via = "pixels" to decode and encode in between.')
+
+
+def _may_share(one: Source, other: Source) -> bool:
+    """Whether two models have one latent space, as far as the weights on this disk tell."""
+    prints = {_encoder(one), _encoder(other)}
+    return None in prints or len(prints) == 1
 
 
 def _encoder(source: Source) -> str | None:

@@ -155,7 +155,7 @@ def _plan_stage(
         takes,
         size,
         run,
-        notes=tuple(_notes(stage, run, size, source.sizes()[0])),
+        notes=(*handed.notes, *_notes(stage, run, size, source.sizes()[0])),
         decodes=handed.decodes,
         continues=continues,
         memory=max(_memory(source, shelf, size, chain.batch), _memory(prior, shelf)) or None,

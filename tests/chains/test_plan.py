@@ -120,7 +120,9 @@ def test_another_latent_space_needs_pixels(tmp_path: Path, tiny_folder: Path) ->
     text = f'[[stage]]\ndo = "text-to-image"\n[[stage]]\ndo = "image-to-image"\nmodel = "{tiny_folder}"\n'
     with pytest.raises(BadChain, match='different VAEs, so latents cannot be handed on: say via = "pixels"'):
         plan(chain(tmp_path, text), Shelf(device="cpu"))
-    assert plan(chain(tmp_path, text + 'via = "pixels"\n'), Shelf(device="cpu"))[1].takes == "pixels"
+    through = plan(chain(tmp_path, text + 'via = "pixels"\n'), Shelf(device="cpu"))[1]
+    assert through.takes == "pixels"
+    assert through.notes[0] == f"through pixels, because the latent spaces of sd-1.5 and {tiny_folder} differ"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
