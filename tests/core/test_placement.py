@@ -282,12 +282,12 @@ def test_memory_really_falls(broken: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    shelf, before = Shelf(device="cpu"), used()
+    shelf = Shelf(device="cpu")
     total = sum(float(p.sum()) for p in shelf.load(str(broken)).unet.parameters())  # reads every page
     loaded = used()
     freed = shelf.keep()
     assert total == size / 4
     assert size > 150 * 2**20
     assert freed >= size
-    assert loaded - before > 0.9 * size
-    assert used() - before < 0.1 * size
+    # Against the loaded state: what other tests left behind may go at any time.
+    assert loaded - used() > 0.9 * size

@@ -289,8 +289,8 @@ def test_each_picture_keeps_its_own(
     out = ours("ddpm", SMALL, 5, (3, 4), image=two, mask=mask)
     keep = 1 - latent_mask(mask, tiny_kandinsky_inpaint.space, "nearest-grown")
     clean = encode_image(tiny_kandinsky_inpaint, two, seeds=[3, 4]).x
-    assert torch.allclose(out.x * keep, clean * keep)
-    assert torch.allclose(reference * keep, clean[:1] * keep)
+    assert torch.allclose(out.x * keep, clean * keep, atol=1e-5)
+    assert torch.allclose(reference * keep, clean[:1] * keep, atol=1e-5)
     default = distance(out, reference, "ddpm")
     assert default == pytest.approx(0.0125, rel=0.3), f"default is {default:.2e} from diffusers"
 
