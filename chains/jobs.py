@@ -102,20 +102,21 @@ def inpaint(
     for picture in pictures:
         require_same_size(picture, mask)
     blends = not model.inpaints or model.system == "kandinsky"  # whose UNet of 9 channels was meant for both
+    clean = None
     if run.schedule.first or blends:
         clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
     cells = latent_mask(mask, model.space, spec.downsample).to(model.device)
     unit = source((len(seeds), model.space.channels, *cells.shape[-2:]), "latents").to(model.device)
     start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=lambda *_: unit)
-    if run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
+    if clean is not None and run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
         start = add_noise(clean, run.schedule, unit)
     if model.inpaints:
         channels = inpaint_channels(model, pictures, mask, seeds=seeds, stream=stream,
-            posterior=spec.posterior, downsample=spec.downsample, source=source,
+            posterior=spec.posterior, downsample=spec.downsample, source=source, clean=clean,
         )  # fmt: skip
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
     denoiser = guided(model, spec, run, cond, uncond)
-    if not blends:
+    if clean is None or not blends:
         return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
     # diffusers' Kandinsky keeps the latents it starts from for the unit noise they were made of.
     known_at = known(clean, start.x if _unscaled(model, spec, run) else unit, run.schedule)

@@ -62,6 +62,7 @@ def inpaint_channels(
     posterior: Posterior = "sample",
     downsample: Downsample = "max",
     source: NoiseSource | None = None,
+    clean: Latents | None = None,
 ) -> Tensor:
     """What a 9-channel UNet takes beside the latents: where to repaint, and the latents of what is kept.
 
@@ -70,6 +71,9 @@ def inpaint_channels(
     beside that its kept part is put back after every step (:func:`keep_known`).
 
     One picture serves all seeds, or there is one per seed.
+
+    Args:
+        clean: the pictures' latents where they are at hand, so that Kandinsky's are not encoded again.
 
     Returns:
         (seeds, 5, height, width); put it into a conditioning with :func:`with_channels`.
@@ -81,7 +85,7 @@ def inpaint_channels(
     cells = latent_mask(mask, model.space, downsample).expand(len(seeds), -1, -1, -1)
     pixels, source = one_per_seed(to_tensor(several), len(seeds)), source or Noise(tuple(seeds), stream)
     if model.system == "kandinsky":
-        whole = encode_tensor(model, pixels, posterior, source)
+        whole = encode_tensor(model, pixels, posterior, source) if clean is None else clean.x
         keep = 1 - cells.to(whole)
         return torch.cat([whole * keep, keep], dim=1)
     masked = encode_tensor(model, pixels * (_binary(mask) < 0.5), posterior, source, "masked posterior")

@@ -34,12 +34,12 @@ picture = decode(sd, denoise(denoiser, noise(sd, schedule, seeds=[0]), schedule,
 mask = ImageOps.fit(read_mask(PACKAGED / "inputs" / "mask-below.png"), picture.size, Image.Resampling.LANCZOS)
 
 schedule, solver = kandinsky.schedule(steps=25), kandinsky.solver(steps=25)
-channels = inpaint_channels(kandinsky, picture, mask, seeds=[0], stream="waterfall")
+clean = encode_image(kandinsky, picture, seeds=[0], stream="waterfall")
+channels = inpaint_channels(kandinsky, picture, mask, seeds=[0], stream="waterfall", clean=clean)
 embeds = sample_prior(prior, WATERFALL, seeds=[0], stream="waterfall")
 cond, uncond = (with_channels(c, channels) for c in (embeds, zero_image_embeds(prior)))
 denoiser = classifier_free(kandinsky.denoiser, cond, uncond, guidance_scale=4.0)
 start = noise(kandinsky, schedule, picture.height, picture.width, seeds=[0], stream="waterfall")
-clean = encode_image(kandinsky, picture, seeds=[0], stream="waterfall")
 keep = keep_known(latent_mask(mask, kandinsky.space), known(clean, unit_noise(clean), schedule))
 painted = decode(kandinsky, denoise(denoiser, start, schedule, solver, hooks=[keep]))[0]
 composite(picture, painted, mask).save("text-to-image-to-inpaint.png")

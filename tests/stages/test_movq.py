@@ -57,6 +57,8 @@ def test_inpaint_channels_in_kandinskys_order(
 ) -> None:
     channels = inpaint_channels(tiny_kandinsky_inpaint, picture, mask, seeds=[1, 2])
     assert channels.shape == (2, 5, 8, 8)
+    at_hand = encode_image(tiny_kandinsky_inpaint, picture, seeds=[1, 2])
+    assert torch.equal(inpaint_channels(tiny_kandinsky_inpaint, picture, mask, seeds=[1, 2], clean=at_hand), channels)
     keep = 1 - latent_mask(mask, tiny_kandinsky_inpaint.space)
     whole = tiny_kandinsky_inpaint.vae.encode(to_tensor(picture)).latents
     torch.testing.assert_close(channels[1:, :4], whole * keep)
