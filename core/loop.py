@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
@@ -98,14 +98,14 @@ def steps(
     source = noise if noise is not None else Noise(latents.seeds, latents.stream)
     x, history, finite = latents.x, latents.history, list[Tensor]()
     for i, (sigma, sigma_next) in enumerate(pairwise(schedule.sigmas)):
-        index, predictions, began = schedule.first + i, list[Prediction](), time.perf_counter()
+        index, predictions, draws, began = schedule.first + i, list[Prediction](), count(), time.perf_counter()
 
         def denoise(x: Tensor, sigma: float, log: list[Prediction] = predictions) -> Prediction:
             log.append(denoiser(x, sigma, schedule.timestep_at(sigma)))
             return log[-1]
 
-        def draw(number: int = 0, like: Tensor = x, index: int = index) -> Tensor:
-            return source(like.shape, "step", index, number).to(like)
+        def draw(high: float, low: float, like: Tensor = x, index: int = index, draws: Iterator[int] = draws) -> Tensor:
+            return source(like.shape, "step", index, next(draws), (high, low)).to(like)
 
         with torch.no_grad():
             x_next, history = solver(denoise, x, sigma, sigma_next, history, draw)

@@ -13,8 +13,9 @@ from .prediction import Prediction
 Evaluate = Callable[[Tensor, float], Prediction]
 """``(x, sigma) -> Prediction``: the denoiser as a solver sees it."""
 
-Draw = Callable[[int], Tensor]
-"""Unit noise like ``x``; the number counts draws within a step."""
+Draw = Callable[[float, float], Tensor]
+"""``(sigma, sigma_next) -> unit noise like x``: the increment of a Brownian motion between two noise levels, brought to
+unit variance. Draws over levels that do not overlap are independent of one another."""
 
 
 @dataclass(frozen=True, repr=False)

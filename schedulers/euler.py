@@ -48,11 +48,11 @@ class Euler:
         down = (sigma_next**2 - small**2) ** 0.5
         mean = prediction.x0.add(prediction.eps, alpha=down)
         if self.variance == "small":
-            return mean.add_(noise(0), alpha=small), ()
+            return mean.add_(noise(sigma, sigma_next), alpha=small), ()
         large = self.eta * ((sigma**2 - sigma_next**2) * (1 + sigma_next**2) / (1 + sigma**2)) ** 0.5
         if self.variance == "large":
-            return mean.add_(noise(0), alpha=large), ()
-        return mean.addcmul_(noise(0), _between(small, large, prediction)), ()
+            return mean.add_(noise(sigma, sigma_next), alpha=large), ()
+        return mean.addcmul_(noise(sigma, sigma_next), _between(small, large, prediction)), ()
 
 
 def _between(small: float, large: float, prediction: Prediction) -> Tensor:

@@ -70,7 +70,7 @@ class DiffusersNoiseAtEnd:
         """Next x by the inner solver."""
         x, history = self.solver(denoise, x, sigma, sigma_next, history, noise)
         if not sigma_next and sigma > self.lowest_sigma:
-            x = x.add(noise(0), alpha=sigma / math.sqrt(1 + sigma**2))
+            x = x.add(noise(sigma, sigma_next), alpha=sigma / math.sqrt(1 + sigma**2))
         return x, history
 
 

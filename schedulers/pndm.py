@@ -9,13 +9,7 @@ from torch import Tensor
 
 from ..core.schedule import timestep_of
 from ..core.solver import Draw, Evaluate, History, Past
-
-# Adams–Bashforth weights for 2, 3 and 4 points on an even grid of timesteps, newest first.
-_WEIGHTS = {
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+from .adams import ADAMS_BASHFORTH
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class PNDM:
 
 def extrapolated(now: Tensor, before: Sequence[Tensor]) -> Tensor:
     """The Adams–Bashforth combination of this estimate and up to three before it, oldest first."""
-    weights = _WEIGHTS[min(len(before), 3) + 1]
+    weights = ADAMS_BASHFORTH[min(len(before), 3) + 1]
     total = now * weights[0]
     for weight, past in zip(weights[1:], reversed(before), strict=False):
         total.add_(past, alpha=weight)

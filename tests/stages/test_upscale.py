@@ -153,7 +153,9 @@ def test_the_noise_is_the_images_own(tiny_x4: Model, picture: Image.Image) -> No
 def test_the_noise_on_the_picture_is_not_the_runs_own(tiny_x4: Model, picture: Image.Image) -> None:
     asked: list[str] = []
 
-    def source(shape: Sequence[int], purpose: str, step: int = 0, draw: int = 0) -> Tensor:
+    def source(
+        shape: Sequence[int], purpose: str, step: int = 0, draw: int = 0, levels: tuple[float, float] | None = None
+    ) -> Tensor:
         asked.append(purpose)
         return torch.zeros(*shape)
 
