@@ -41,25 +41,29 @@ def classifier_free(
         raise BadInput(f"Guidance rescale goes from 0 (off) to 1, got {rescale:g}.")
     together = stack([uncond, cond]) if batched and len(cond) == len(uncond) and cond.stackable(uncond) else None
 
-    def both(x: Tensor, sigma: float, timestep: float) -> tuple[Tensor, Prediction]:
+    def both(x: Tensor, sigma: float, timestep: float) -> tuple[Prediction, Tensor, Tensor]:
+        """The conditional prediction, but for its output, and the two outputs."""
         if not (batched and cond.stackable(uncond)):
-            return network(x, sigma, timestep, uncond).out, network(x, sigma, timestep, cond)
+            without = network(x, sigma, timestep, uncond).out
+            prediction = network(x, sigma, timestep, cond)
+            return prediction, without, prediction.out
         n = len(x)
         pair = together if together is not None and len(together) == 2 * n else stack([uncond.expand(n), cond.expand(n)])
         prediction = network(torch.cat([x, x]), sigma, timestep, pair)
+        if prediction.variance is not None:
+            prediction = replace(prediction, variance=prediction.variance[n:])
         without, with_ = prediction.out.chunk(2)
-        variance = prediction.variance[n:] if prediction.variance is not None else None
-        return without, Prediction(with_, x, sigma, prediction.kind, variance=variance)
+        return prediction, without, with_
 
     def denoise(x: Tensor, sigma: float, timestep: float) -> Prediction:
         scale = guidance_scale(sigma) if callable(guidance_scale) else guidance_scale
         if scale <= 1.0:
             return network(x, sigma, timestep, cond)
-        without, prediction = both(x, sigma, timestep)
-        out = torch.add(without, prediction.out - without, alpha=scale)
+        prediction, without, with_ = both(x, sigma, timestep)
+        out = torch.lerp(without, with_, scale)
         if rescale:
-            out = rescaled(out, prediction.out, rescale)
-        return replace(prediction, out=out, cond=prediction.out, uncond=without)
+            out = rescaled(out, with_, rescale)
+        return replace(prediction, out=out, x=x, cond=with_, uncond=without)
 
     return denoise
 

@@ -42,7 +42,9 @@ class Euler:
     ) -> tuple[Tensor, History]:
         """Next x; keeps no history."""
         prediction = denoise(x, sigma)
-        if not self.eta or not sigma_next:
+        if not sigma_next:
+            return prediction.x0.clone(), ()
+        if not self.eta:
             return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
         small = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
         down = (sigma_next**2 - small**2) ** 0.5

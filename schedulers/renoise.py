@@ -133,8 +133,8 @@ class Bounded:
             prediction = denoise(x, sigma)
             scaled = self.timestep_scaling * timestep_of(sigma, self.training_sigmas)
             total = scaled**2 + 0.5**2
-            x_vp = prediction.x / math.sqrt(1.0 + sigma**2)
-            return prediction.with_x0(prediction.x0 * (scaled / math.sqrt(total)) + x_vp * (0.5**2 / total))
+            skip = 0.5**2 / total / math.sqrt(1.0 + sigma**2)  # of the variance-preserving x
+            return prediction.with_x0((prediction.x0 * (scaled / math.sqrt(total))).add_(prediction.x, alpha=skip))
 
         return self.solver(bounded, x, sigma, sigma_next, history, noise)
 
