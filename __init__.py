@@ -10,11 +10,43 @@ from .core.guidance import classifier_free
 from .core.latents import Latents, LatentSpace
 from .core.loading import Model, Prior, Shelf, load, load_prior
 from .core.loop import Step, denoise, steps
-from .core.noise import DiffusersNoise, Noise
+from .core.mixture import GaussianMixture
+from .core.noise import Brownian, DiffusersNoise, Noise
 from .core.prediction import Prediction
 from .core.schedule import Schedule
 from .core.solver import History, Past, Solver
-from .schedulers import DDIM, DDPM, PLMS, PNDM, DPMpp2M, Euler, EulerAncestral, Heun
+from .schedulers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    DPM2,
+    IPNDM,
+    LCM,
+    LMS,
+    PLMS,
+    PNDM,
+    TCD,
+    Ancestral,
+    Churned,
+    Clipped,
+    DPMpp2M,
+    DPMpp2MSDE,
+    DPMpp2S,
+    DPMpp3M,
+    DPMpp3MSDE,
+    DPMppSDE,
+    DPMSolver,
+    Euler,
+    EulerAncestral,
+    Heun,
+    Renoised,
+    SASolver,
+    Singlestep,
+    TauBetween,
+    Thresholded,
+    ToZero,
+    UniPC,
+)
 from .stages.decode import decode
 from .stages.finish import gif, grid, resize, sharpen
 from .stages.image import encode_image
@@ -31,14 +63,31 @@ __version__ = "0.1.0"
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "DPM2",
+    "IPNDM",
+    "LCM",
+    "LMS",
     "PLMS",
     "PNDM",
+    "TCD",
+    "Ancestral",
+    "Brownian",
+    "Churned",
+    "Clipped",
     "Conditioning",
+    "DPMSolver",
     "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp2S",
+    "DPMpp3M",
+    "DPMpp3MSDE",
+    "DPMppSDE",
     "Denoiser",
     "DiffusersNoise",
     "Euler",
     "EulerAncestral",
+    "GaussianMixture",
     "Heun",
     "History",
     "LatentSpace",
@@ -50,11 +99,18 @@ __all__ = [
     "Prediction",
     "Prior",
     "PriorDenoiser",
+    "Renoised",
+    "SASolver",
     "Schedule",
     "Shelf",
+    "Singlestep",
     "Solver",
     "Step",
+    "TauBetween",
+    "Thresholded",
+    "ToZero",
     "UNetDenoiser",
+    "UniPC",
     "UnrolledError",
     "UpscalerDenoiser",
     "add_noise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import sys
 from collections.abc import Iterator
@@ -10,17 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from .core.errors import OutOfMemory, UnrolledError
+from .core.errors import BadChain, OutOfMemory, UnrolledError
 
 if TYPE_CHECKING:
     from .chains.chain import Chain, Stage
-    from .chains.plan import StagePlan
     from .core.loading import Shelf
     from .core.loop import Step
 
@@ -104,15 +102,41 @@ def plan(
     dtype: Dtype = None,
     offload: Offload = "auto",
     vram: Vram = None,
+    table: Annotated[bool, typer.Option("--table", help="Show every step; the middle of long stages is left out.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="With --table, leave nothing out.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the schedule into a .png, .svg or .pdf file.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything but notes is found.")] = False,
 ) -> None:
-    """Show what a chain will run, and find its mistakes, without loading a model."""
+    """Show what a chain will run, draw its schedule and find its mistakes, without loading a model.
+
+    Exit codes beside those of every command: 1 with --strict and a warning, 2 if a finding is an error.
+    """
+    from .chains.checks import findings
+    from .chains.drawing import draw_plan
     from .chains.plan import plan as plan_chain
+    from .chains.terminal import curve, finding_list, stage_table, step_table
 
     job = _chain(
         chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
     )
     shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram)
-    out.print(_plan_table(plan_chain(job, shelf), job))
+    plans = plan_chain(job, shelf)
+    found = findings(job, plans)
+    count = f"{len(plans)} stage{'s' if len(plans) > 1 else ''}"
+    seeds = f"seed{'s' if job.batch > 1 else ''} {', '.join(map(str, job.seeds()))}"
+    out.print(f"{count} on {shelf.device}, {seeds}", highlight=False, soft_wrap=True)
+    out.print(stage_table(plans), curve(plans, out.width))
+    if table:
+        out.print(step_table(plans, every))
+    if found:
+        out.print(finding_list(found))
+    if picture is not None:
+        out.print(str(draw_plan(plans, picture)), highlight=False, soft_wrap=True, markup=False)
+    severities = {finding.severity for finding in found}
+    if "error" in severities:
+        raise typer.Exit(BadChain.exit_code)
+    if strict and "warning" in severities:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -149,6 +173,9 @@ def main() -> None:
     Exit codes: 0 done; 2 bad input or chain; 3 model; 4 latents of another space; 5 NaN or infinity;
     6 out of memory; 7 cannot write; 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # rather no arrow than no plan, where the terminal knows ASCII alone
     try:
         app()
     except UnrolledError as error:
@@ -197,27 +224,6 @@ def _bars(on: bool) -> Iterator[Any]:
             progress.update(tasks[stage.name], completed=step.index + 1)
 
         yield watch
-
-
-def _plan_table(stages: list[StagePlan], chain: Chain) -> Table:
-    from .core.memory import show_bytes
-
-    count = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
-    table = Table(title=f"{count}, seeds {', '.join(map(str, chain.seeds()))}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("stage", no_wrap=True)
-    for column in ("takes", "model", "solver", "steps", "calls", "sigma", "size", "memory"):
-        table.add_column(column, overflow="fold")
-    for item in stages:
-        row = [item.stage.name, item.takes, "", "", "", "", "", f"{item.size[0]}x{item.size[1]}"]
-        row.append(show_bytes(item.memory) if item.memory is not None else "")
-        if item.run is not None:
-            levels = item.run.schedule.sigmas
-            row[2:4] = [getattr(item.stage, "model", ""), item.run.schedule.origin]
-            row[4:7] = [str(len(item.run.schedule)), str(item.evaluations), f"{levels[0]:.3g} → {levels[-1]:.3g}"]
-        table.add_row(*map(Text, row))
-    notes = [f"{item.stage.name}: {note}" for item in stages for note in item.notes]
-    table.caption = Text("\n".join(notes)) if notes else None
-    return table
 
 
 def _say(sentence: str, what: str = "unrolled") -> None:

@@ -97,12 +97,25 @@ class Denoising(Named):
     guidance_batched: bool = True
     solver: str | None = None
     scheduler: dict[str, Any] = Field(default_factory=dict, description="diffusers' scheduler options to change")
+    spacing: str | None = Field(None, description="noise levels by a rule of that name, e.g. karras or kl-optimal")
+    sigmas: list[FiniteFloat] | None = Field(None, description="noise levels of your own, falling; steps follow from them")
+    timesteps: list[FiniteFloat] | None = Field(None, description="training timesteps of your own, likewise")
     eta: float = Field(0.0, ge=0.0, le=1.0)
     stop: Cut | None = None
     clip_skip: int = Field(0, ge=0)
     chunks: bool = False
     tiled: bool | None = None
     faithful: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_steps_as_levels(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "steps" in values:
+            return values
+        listed: Any = values.get("sigmas") or values.get("timesteps")
+        if not isinstance(listed, list | tuple):
+            return values
+        return values | {"steps": max(1, len(listed) - (listed[-1] == 0 and "timesteps" not in values))}
 
     @property
     def borrowed(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ..core.guidance import classifier_free
 from ..core.latents import Latents
 from ..core.loading import Model
 from ..core.loop import Step, denoise
-from ..core.noise import Noise, NoiseSource
+from ..core.noise import Brownian, Noise, NoiseSource
 from ..stages.image import encode_image
 from ..stages.inpaint import (
     inpaint_channels,
@@ -60,7 +60,7 @@ def text_to_image(
     cond, uncond = prompts or encode_prompts(model, spec, latents.size)
     if spec.faithful and model.system == "sdxl":
         cond, uncond = sizes_in_turn(cond, uncond, len(latents))
-    return denoise(guided(model, spec, run, cond, uncond), latents, run.schedule, run.solver, hooks, source)
+    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source)
 
 
 def image_to_image(
@@ -77,7 +77,7 @@ def image_to_image(
     run = plan_run(spec, model.scheduler, None if spec.start == "strength" else start.sigma)
     latents = add_noise(start, run.schedule, unit_noise(start, source)) if spec.start == "strength" else start
     cond, uncond = prompts or encode_prompts(model, spec, start.size)
-    return denoise(guided(model, spec, run, cond, uncond), latents, run.schedule, run.solver, hooks, source)
+    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source)
 
 
 def inpaint(
@@ -97,7 +97,6 @@ def inpaint(
     """
     spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler)
-    source = source or Noise(tuple(seeds), stream)
     cond, uncond = prompts or encode_prompts(model, spec, (mask.height, mask.width))
     for picture in pictures:
         require_same_size(picture, mask)
@@ -106,7 +105,8 @@ def inpaint(
     if run.schedule.first or blends:
         clean = encode_image(model, pictures, seeds=seeds, stream=stream, posterior=spec.posterior, source=source)
     cells = latent_mask(mask, model.space, spec.downsample).to(model.device)
-    unit = source((len(seeds), model.space.channels, *cells.shape[-2:]), "latents").to(model.device)
+    draw = source or Noise(tuple(seeds), stream)
+    unit = draw((len(seeds), model.space.channels, *cells.shape[-2:]), "latents").to(model.device)
     start = noise(model, run.whole, mask.height, mask.width, seeds, stream=stream, source=lambda *_: unit)
     if clean is not None and run.schedule.first:  # else all of it is repainted, and nothing of the picture may shine through
         start = add_noise(clean, run.schedule, unit)
@@ -117,12 +117,12 @@ def inpaint(
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
     denoiser = guided(model, spec, run, cond, uncond)
     if clean is None or not blends:
-        return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
+        return _denoised(run, denoiser, start, hooks, source)
     # diffusers' Kandinsky keeps the latents it starts from for the unit noise they were made of.
     known_at = known(clean, start.x if _unscaled(model, spec, run) else unit, run.schedule)
     pure = math.inf if run.schedule.first else run.schedule.sigmas[0]
     denoiser = keeping_known(denoiser, cells, known_at, pure)
-    return denoise(denoiser, start, run.schedule, run.solver, [keep_known(cells, known_at), *hooks], source)
+    return _denoised(run, denoiser, start, [keep_known(cells, known_at), *hooks], source)
 
 
 def upscale(
@@ -150,7 +150,14 @@ def upscale(
     uncond = replace(uncond.expand(len(cond)), channels=cond.channels, class_labels=cond.class_labels)
     denoiser = guided(model, spec, run, cond, uncond)
     latents = noise(model, run.whole, height, width, seeds, stream=stream, source=source)
-    return denoise(denoiser, latents, run.schedule, run.solver, hooks, source)
+    return _denoised(run, denoiser, latents, hooks, source)
+
+
+def _denoised(run: Run, denoiser: Denoiser, start: Latents, hooks: Sequence[Hook], source: NoiseSource | None) -> Latents:
+    """The run, its noise from the latents' own seeds, step by step or along one path as the solver has it."""
+    if source is None and run.config.brownian:
+        source = Brownian(start.seeds, run.whole.sigmas[0], start.stream)
+    return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
 
 
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..core.checkpoint import TOKENIZERS
 from ..core.errors import BadChain, BadModel, Note, UnrolledError
-from ..core.latents import Latents, LatentSpace
+from ..core.guidance import GuidanceScale
 from ..core.loading import Shelf
-from ..core.loop import denoise
-from ..core.memory import peak
-from ..core.prediction import Prediction
-from ..core.schedule import Schedule
-from ..core.solver import Solver
+from ..core.loop import Step
+from ..core.memory import Mode, peak
+from ..core.solver import History
 from ..core.source import Source, enlarges
 from ..core.weights import has_weights
-from .chain import Chain, Denoising, ImageToImage, Inpaint, PriorOptions, Resize, Sharpen, Stage, Upscale
+from .chain import Chain, Denoising, ImageToImage, PriorOptions, Resize, Sharpen, Stage, Upscale
 from .defaults import filled
 from .fit import require_fit, require_prior
 from .handed import pixels_of, what_is_handed
 from .runs import Run, guidance_scale, plan_run
+from .trace import trace
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,9 @@ class StagePlan:
         size: width and height in pixels of what comes out.
         run: schedule and solver, for stages that denoise.
         decodes: whether it makes the stage before decode its latents.
-        continues: whether it goes on with the very run of the stage before: same weights, schedule and solver.
+        goes_on_from: the stage whose very run it goes on with: same weights, schedule and solver.
         memory: bytes that its model takes of the device at the worst moment, where the weights are on this disk.
+        mode: where its model lives while it is needed, likewise.
         source: where its model lies; ``prior`` likewise, Kandinsky's.
     """
 
@@ -48,16 +46,45 @@ class StagePlan:
     run: Run | None = None
     notes: tuple[str, ...] = field(default=())
     decodes: bool = False
-    continues: bool = False
+    goes_on_from: StagePlan | None = None
     memory: int | None = None
+    mode: Mode | None = None
     source: Source | None = None
     prior: Source | None = None
 
     @property
+    def continues(self) -> bool:
+        """Whether it is the rest of a run, so that the noise and the solver's memory go on."""
+        return self.goes_on_from is not None
+
+    @property
+    def history(self) -> History:
+        """What its solver remembers at its first step: as many points as it will, of nothing."""
+        return self.goes_on_from.trace[-1].history if self.goes_on_from else ()
+
+    @cached_property
+    def trace(self) -> list[Step]:
+        """Its steps on a network that says nothing; once, however often it is repeated."""
+        return trace(self.run.schedule, self.run.solver, self.history) if self.run else []
+
+    @property
+    def repeats(self) -> int:
+        """How often its steps are run."""
+        return self.stage.repeat if isinstance(self.stage, ImageToImage) else 1
+
+    @property
     def evaluations(self) -> int:
-        """Calls of the UNet for one image (a guided one counts once), counted by running the solver on nothing."""
-        repeats = self.stage.repeat if isinstance(self.stage, ImageToImage) else 1
-        return repeats * count_evaluations(self.run.solver, self.run.schedule) if self.run else 0
+        """Calls of the UNet for one image (a guided one counts once)."""
+        return self.repeats * sum(len(step.predictions) for step in self.trace)
+
+    @cached_property
+    def guidance(self) -> GuidanceScale:
+        """The guidance scale, or that at a noise level; 1 or below is no guidance."""
+        return guidance_scale(self.stage, self.run.whole) if self.run and isinstance(self.stage, Denoising) else 1.0
+
+    def guidance_at(self, sigma: float) -> float:
+        """The guidance scale at a noise level."""
+        return self.guidance(sigma) if callable(self.guidance) else self.guidance
 
     @property
     def end(self) -> float:
@@ -68,21 +95,6 @@ class StagePlan:
     def left_noisy(self) -> bool:
         """Whether what comes out still holds noise."""
         return self.run is not None and self.run.schedule.sigmas[-1] > self.run.whole.sigmas[-1]
-
-
-def count_evaluations(solver: Solver, schedule: Schedule) -> int:
-    """How often a solver, anybody's, calls the denoiser along a schedule."""
-    calls: list[float] = []
-
-    def nothing(x: Tensor, sigma: float, timestep: float) -> Prediction:
-        calls.append(sigma)
-        # Some solvers take the variance from the network too.
-        return replace(Prediction.from_x0(torch.zeros_like(x), x, sigma), variance=torch.zeros_like(x))
-
-    pixel = LatentSpace("none", channels=1, downscale=1, scaling=1.0, fingerprint="")
-    start = Latents(torch.zeros(1, 1, 1, 1), pixel, schedule.sigmas[0], seeds=(0,))
-    denoise(nothing, start, schedule, solver)
-    return len(calls)
 
 
 def plan(chain: Chain, shelf: Shelf, *, weights: bool = False) -> list[StagePlan]:
@@ -145,30 +157,31 @@ def _plan_stage(
     handed = what_is_handed(chain, stage, before, source)
     run = plan_run(stage, source.scheduler, handed.sigma)
     guidance_scale(stage, run.whole)
-    stage = stage.model_copy(update={"solver": run.config.name})
+    stage = stage.model_copy(update={"solver": stage.solver or run.config.name})
     factor = enlarges(source.system)
     size = (factor * handed.size[0], factor * handed.size[1])
-    continues = handed.goes_on and _continues(stage, run, before)
-    takes = handed.takes if handed.sigma is None or continues else f"{handed.takes}; the solver starts afresh"
+    memory, mode = max(_memory(source, shelf, size, chain.batch), _memory(prior, shelf))
     return StagePlan(
         stage,
-        takes,
+        handed.takes,
         size,
         run,
-        notes=(*handed.notes, *_notes(stage, run, size, source.sizes()[0])),
+        notes=(*handed.notes, *_notes(stage, size, source.sizes()[0])),
         decodes=handed.decodes,
-        continues=continues,
-        memory=max(_memory(source, shelf, size, chain.batch), _memory(prior, shelf)) or None,
+        goes_on_from=before if handed.goes_on and _continues(stage, run, before) else None,
+        memory=memory or None,
+        mode=mode if memory else None,
         source=source,
         prior=prior,
     )
 
 
-def _memory(source: Source | None, shelf: Shelf, size: tuple[int, int] | None = None, batch: int = 1) -> int:
-    """What a model takes of the device, 0 if it is not here; raises BadInput if that is more than there is."""
+def _memory(source: Source | None, shelf: Shelf, size: tuple[int, int] | None = None, batch: int = 1) -> tuple[int, Mode]:
+    """What a model takes of the device, 0 if it is not here, and how it is placed; raises BadInput if that is too much."""
     if source is None or not all(has_weights(source.part(part)) for part in source.parts if part not in TOKENIZERS):
-        return 0
-    return peak(shelf.placement(source, size, batch).values())
+        return 0, "resident"
+    placed = shelf.placement(source, size, batch).values()
+    return peak(placed), next((mode for _, mode in placed if mode != "resident"), "resident")
 
 
 def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
@@ -179,10 +192,6 @@ def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
     return same_weights and before.run.whole == run.whole and before.run.solver == run.solver
 
 
-def _notes(stage: Denoising, run: Run, size: tuple[int, int], native: int) -> Iterable[str]:
+def _notes(stage: Denoising, size: tuple[int, int], native: int) -> Iterable[str]:
     if max(size) > 2 * native and not isinstance(stage, Upscale):
         yield f"{size[0]}x{size[1]} is far above the model's native {native} px: take fit = true or a smaller size"
-    if run.schedule.first and isinstance(stage, ImageToImage | Inpaint):
-        yield f"runs {len(run.schedule)} of {len(run.whole)} steps, from sigma {run.schedule.sigmas[0]:.3g}"
-    if isinstance(stage.guidance_scale, float) and stage.guidance_scale <= 1.0:
-        yield "guidance off" + (", the negative prompt has no effect" if stage.negative_prompt else "")

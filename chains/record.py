@@ -20,9 +20,12 @@ _PACKAGES = ("unrolled", "torch", "diffusers", "transformers", "safetensors", "p
 _USER_COMMENT = 0x9286
 
 _A1111_NAMES = {
-    "ddim": "DDIM", "ddpm": "DDPM", "dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-ancestral": "Euler a",
-    "heun": "Heun", "pndm": "PLMS",
+    "ddim": "DDIM", "ddpm": "DDPM", "deis": "DEIS", "dpm++2m": "DPM++ 2M", "dpm++2m-sde": "DPM++ 2M SDE",
+    "dpm++2s": "DPM++ 2S", "dpm++3m-sde": "DPM++ 3M SDE", "dpm++sde": "DPM++ SDE", "dpm2": "DPM2", "dpm2-ancestral": "DPM2 a",
+    "euler": "Euler", "euler-ancestral": "Euler a", "heun": "Heun", "lcm": "LCM", "lms": "LMS", "pndm": "PLMS",
+    "unipc": "UniPC",
 }  # fmt: skip
+_SPACINGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 
 
 def versions() -> dict[str, str]:
@@ -113,7 +116,9 @@ def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any
 
 def _sampler(stage: Denoising) -> str:
     name = _A1111_NAMES.get(stage.solver or "", stage.solver or "")
-    return f"{name} Karras" if stage.scheduler.get("use_karras_sigmas") else name
+    flagged = (spacing for option, spacing in _SPACINGS.items() if stage.scheduler.get(option))
+    spacing = stage.spacing or next(flagged, "")
+    return f"{name} {spacing.capitalize()}".strip()
 
 
 def _quoted(value: object) -> str:

@@ -38,8 +38,14 @@ def plan_run(spec: Denoising, scheduler: Mapping[str, object], handed: float | N
         BadInput: strength, cuts or steps leave nothing to run; BadModel: options not honoured.
     """
     config = read_scheduler(scheduler, spec.solver, **spec.scheduler)
-    whole = config.schedule(spec.steps)
-    solver = config.solver(spec.steps, eta=spec.eta, faithful=spec.faithful)
+    whole, solver = config.sampling(
+        spec.steps,
+        spacing=spec.spacing,
+        sigmas=spec.sigmas,
+        timesteps=spec.timesteps,
+        eta=spec.eta,
+        faithful=spec.faithful,
+    )
     if handed is not None:
         schedule = _continued(spec, whole, handed)
     else:
@@ -61,7 +67,7 @@ def _continued(spec: Denoising, whole: Schedule, handed: float) -> Schedule:
         return whole.starting_at(handed)
     index = whole.index(**spec.start.given())  # type: ignore[arg-type]
     sigma = whole.sigmas[index]
-    if abs(sigma - handed) > 1e-3 * handed:
+    if abs(sigma - handed) > 1e-4 * handed:
         raise BadInput(
             f"it is handed latents at sigma {handed:.4g} but starts at {sigma:.4g}: stop the stage before where this one "
             'starts, or say start = "handoff" to go on from wherever it stopped.'

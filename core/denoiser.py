@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .errors import BadInput
-from .prediction import Kind, Prediction
+from .prediction import Kind, Prediction, preconditioning
 
 Denoiser = Callable[[Tensor, float, float], Prediction]
 """``(x, sigma, timestep) -> Prediction``: what the loop calls, and the seam to wrap.
@@ -70,7 +70,8 @@ class UNetDenoiser:
         """
         require_conditioning(conditioning, self.takes)
         conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
-        scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5 if self.scale_input else 1.0)).to(self.dtype)
+        variance = preconditioning(self.kind).sigma_data ** 2 + sigma**2
+        scaled = (x * (1.0 / variance**0.5 if self.scale_input else 1.0)).to(self.dtype)
         scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
         added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
         out = self.unet(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,26 +78,43 @@ class Model:
         """Whether it is conditioned by an aesthetic score, as SDXL's refiner."""
         return bool(self.index.get("requires_aesthetics_score", False))
 
-    def schedule(self, steps: int, solver: str | None = None, **options: object) -> Schedule:
-        """The checkpoint's own noise levels, or those of another diffusers scheduler.
+    def sampling(
+        self,
+        steps: int | None = None,
+        solver: str | None = None,
+        *,
+        spacing: str | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        eta: float = 0.0,
+        faithful: bool = False,
+        **options: object,
+    ) -> tuple[Schedule, Solver]:
+        """The checkpoint's own noise levels and solver, or those of another diffusers scheduler.
 
         Args:
-            steps: 1 to the number of training timesteps.
+            steps: 1 to the number of training timesteps; follows from ``sigmas`` or ``timesteps``.
             solver: "euler", "dpm++2m", … to take that scheduler's conventions.
-            options: diffusers' scheduler options, e.g. ``use_karras_sigmas=True``.
-        """
-        return read_scheduler(self.scheduler, solver, **options).schedule(steps)
-
-    def solver(
-        self, steps: int, solver: str | None = None, *, eta: float = 0.0, faithful: bool = False, **options: object
-    ) -> Solver:
-        """The checkpoint's own solver, or a named one; arguments as for :meth:`schedule`.
-
-        Args:
-            eta: DDIM's, 0 to 1.
+            spacing, sigmas, timesteps: other levels, see :meth:`SchedulerConfig.sampling`.
+            eta: DDIM's or TCD's, 0 to 1.
             faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
+            options: diffusers' scheduler options, e.g. ``use_karras_sigmas=True``.
+
+        Raises:
+            BadInput: steps, levels or eta are out of range; BadModel: an option is not honoured.
         """
-        return read_scheduler(self.scheduler, solver, **options).solver(steps, eta=eta, faithful=faithful)
+        config = read_scheduler(self.scheduler, solver, **options)
+        return config.sampling(
+            steps, spacing=spacing, sigmas=sigmas, timesteps=timesteps, eta=eta, faithful=faithful
+        )  # fmt: skip
+
+    def schedule(self, steps: int | None = None, solver: str | None = None, **options: Any) -> Schedule:
+        """The noise levels of :meth:`sampling`, with its arguments."""
+        return self.sampling(steps, solver, **options)[0]
+
+    def solver(self, steps: int | None = None, solver: str | None = None, **options: Any) -> Solver:
+        """The solver of :meth:`sampling`, with its arguments."""
+        return self.sampling(steps, solver, **options)[1]
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["epsilon", "v", "x0"]
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """The clean latents as a mean of ``x`` and the output (Karras et al., arXiv:2206.00364, table 1).
+
+    ``x0 = c_skip x + sign c_out out`` with ``c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)`` and ``c_out = sigma
+    sigma_data / sqrt(sigma^2 + sigma_data^2)``. With unit data and the sign turned this is v prediction.
+
+    Args:
+        sigma_data: standard deviation of the clean latents; the network takes x over ``sqrt(sigma^2 + sigma_data^2)``.
+    """
+
+    sigma_data: float = 0.5
+    sign: Literal[1, -1] = 1
+
+
+Kind = Literal["epsilon", "v", "x0"] | Preconditioned
+"""What a network's output means."""
+
+
+def preconditioning(kind: Kind) -> Preconditioned:
+    """That of a network; every one that is not ``Preconditioned`` otherwise was trained on data of unit variance."""
+    return kind if isinstance(kind, Preconditioned) else Preconditioned(1.0, -1)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -46,8 +68,9 @@ class Prediction:
             return torch.sub(self.x, self.out, alpha=self.sigma)
         # v = alpha * eps - sigma_vp * x0 (Salimans & Ho, arXiv:2202.00512, app. D),
         # with alpha = 1 / sqrt(1 + sigma^2) and x_vp = alpha * x.
-        variance = 1.0 + self.sigma**2
-        return torch.sub(self.x / variance, self.out, alpha=self.sigma / variance**0.5)
+        data, sign = preconditioning(self.kind).sigma_data, preconditioning(self.kind).sign
+        variance = data**2 + self.sigma**2
+        return torch.add(self.x / (variance / data**2), self.out, alpha=sign * data * self.sigma / variance**0.5)
 
     @cached_property
     def eps(self) -> Tensor:
@@ -58,8 +81,9 @@ class Prediction:
             return self.out
         if self.kind == "x0":
             return (self.x - self.out) / self.sigma
-        variance = 1.0 + self.sigma**2
-        return torch.add(self.out / variance**0.5, self.x, alpha=self.sigma / variance)
+        data, sign = preconditioning(self.kind).sigma_data, preconditioning(self.kind).sign
+        variance = data**2 + self.sigma**2
+        return torch.add(self.out / (-sign * variance**0.5 / data), self.x, alpha=self.sigma / variance)
 
     def with_x0(self, x0: Tensor, *, keep_eps: bool = False) -> Prediction:
         """The same prediction with another clean estimate.

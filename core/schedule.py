@@ -26,6 +26,9 @@ class Schedule:
         last_timestep: what the UNet is told at the last level, for solvers that evaluate there; known
             where a longer schedule was cut.
         end: the last level of the run it was cut from; latents there are finished.
+        inside: ``(sigma, timestep)`` of levels between the planned that a solver evaluates at, where they are not to be
+            interpolated.
+        continuous: whether the UNet is told ``ln(sigma) / 4`` everywhere, instead of training timesteps.
         origin: where it came from, for people.
     """
 
@@ -36,6 +39,8 @@ class Schedule:
     first: int = 0
     last_timestep: float | None = None
     end: float | None = None
+    inside: tuple[tuple[float, float], ...] = ()
+    continuous: bool = False
     origin: str = "custom"
 
     def __post_init__(self) -> None:
@@ -122,7 +127,8 @@ class Schedule:
             raise BadInput("This schedule does not know its training timesteps: cut it by step, steps_fraction or sigma.")
         total = len(self.training_sigmas)
         cutoff = round(total - value * total)
-        return sum(t >= cutoff for t in self.timesteps)
+        times = [timestep_of(s, self.training_sigmas) for s in self.sigmas[:-1]] if self.continuous else self.timesteps
+        return sum(t >= cutoff for t in times)
 
     def starting_at(self, sigma: float) -> Schedule:
         """What is left of the run below a noise level, which need not be one of its own.
@@ -138,7 +144,7 @@ class Schedule:
         if (index := next(same, None)) is not None:
             return self[index:]
         below = self[sum(level > sigma for level in self.sigmas[:-1]) :]
-        timesteps = (timestep_of(sigma, self.training_sigmas), *below.timesteps)
+        timesteps = (self.timestep_at(sigma), *below.timesteps)
         first = max(0, below.first - 1)  # what is left of the step that would have crossed sigma, not one more
         return replace(below, sigmas=(sigma, *below.sigmas), timesteps=timesteps, start_std=None, first=first)
 
@@ -157,11 +163,13 @@ class Schedule:
     def timestep_at(self, sigma: float) -> float:
         """The training timestep the UNet is told at ``sigma``: the planned one, else by log-sigma between neighbours."""
         planned = self._timestep_of.get(sigma)
+        if planned is None and self.continuous:
+            return 0.25 * math.log(sigma)
         return timestep_of(sigma, self.training_sigmas) if planned is None else planned
 
     @cached_property
     def _timestep_of(self) -> dict[float, float]:
-        known = dict(zip(self.sigmas, self.timesteps, strict=False))
+        known = dict(self.inside) | dict(zip(self.sigmas, self.timesteps, strict=False))
         return known if self.last_timestep is None else known | {self.sigmas[-1]: self.last_timestep}
 
 

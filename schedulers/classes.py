@@ -1,61 +1,224 @@
-"""diffusers' scheduler classes as data: their options, and the (schedule, solver) each stands for.
+"""What diffusers' scheduler classes have in common as data: options, and the (schedule, solver) they stand for.
 
 "Scheduler" is diffusers' word for a schedule and a solver together; it is used here only for its files.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..core.errors import BadInput
 from ..core.prediction import Kind
-from ..core.schedule import Schedule
+from ..core.schedule import Schedule, timestep_of
 from ..core.solver import Solver
-from . import spacing
-from .clip import Clipped
-from .euler import Euler
-from .faithful import DiffusersDDIM, DiffusersNoiseAtEnd, DiffusersPLMS
-from .pndm import PLMS, PNDM
+from . import spacing as spacings
+from .spacing import Levels
 from .training import ZERO_SNR, BetaSchedule, sigmas_of, training_alphas
+
+
+def renamed(names: Mapping[str, str]) -> BeforeValidator:
+    """Takes values by other names too, as diffusers does."""
+    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
+
 
 _KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
-
-def _newer_name(prediction_type: object) -> object:
-    return "sample" if prediction_type == "original_sample" else prediction_type
-
-
-PredictionType = Annotated[Literal["epsilon", "v_prediction", "sample"], BeforeValidator(_newer_name)]
+PredictionType = Annotated[Literal["epsilon", "v_prediction", "sample"], renamed({"original_sample": "sample"})]
 """The network's, whichever solver is taken: all of ours take all three, where some of diffusers' refuse "sample"."""
 
-_VARIANCES: dict[str, Literal["small", "large", "learned"]] = {
-    "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"
-}  # fmt: skip
+
+class Given(TypedDict, total=False):
+    """The ways to give levels; see :meth:`SchedulerConfig.sampling`."""
+
+    spacing: str | None
+    sigmas: Sequence[float] | None
+    timesteps: Sequence[float] | None
 
 
 class SchedulerConfig(BaseModel):
     """What every diffusers scheduler is configured with, and the run it stands for.
 
-    Subclasses are its classes; a field's default is that class's, a ``Literal`` lists what is honoured.
+    Subclasses are its classes; a field's default is that class's, a ``Literal`` lists what is honoured. They say what
+    their own levels are (:meth:`_own`), where those end (:meth:`_last_sigma`) and who walks them (:meth:`_solver`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     name: ClassVar[str]
-    snr_floor: ClassVar[float] = ZERO_SNR
+    takes_eta: ClassVar[bool] = False
+    brownian: ClassVar[bool] = False
+    """Whether its noise is one path for the whole run, so that other steps leave the picture what it is."""
     scales_input: ClassVar[bool] = False
     """Whether its latents in diffusers are of standard deviation ``sqrt(1 + sigma^2)`` and scaled for the UNet."""
 
     num_train_timesteps: int = Field(1000, ge=1)
+    prediction_type: PredictionType = "epsilon"
+
+    @property
+    def kind(self) -> Kind:
+        """What the UNet predicts."""
+        return _KINDS[self.prediction_type]
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the UNet is told ``ln(sigma) / 4`` instead of a training timestep."""
+        return False
+
+    @property
+    def own_spacing(self) -> str | None:
+        """The spacing by noise level that the config asks for, if it does."""
+        return None
+
+    def sampling(
+        self,
+        steps: int | None = None,
+        *,
+        spacing: str | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        eta: float = 0.0,
+        faithful: bool = False,
+    ) -> tuple[Schedule, Solver]:
+        """The noise levels of a run, and the solver of this class for them.
+
+        Args:
+            steps: as diffusers counts; follows from ``sigmas`` or ``timesteps``. The steps of single-step DPM-Solver are
+                fewer, as each takes several of them, and so are those of a run whose last one would be empty.
+            spacing: levels by one of :data:`unrolled.schedulers.spacing.SPACINGS`, over all of training's, instead of the
+                config's.
+            sigmas: levels of your own, falling; without a 0 at the end they end where this class's do.
+            timesteps: training timesteps of your own, falling, fractions allowed.
+            eta: DDIM's, 0 (deterministic) to 1 (DDPM), or TCD's gamma.
+            faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
+
+        Raises:
+            BadInput: the training timesteps do not allow so many steps, levels are given in several ways or do not
+                fall, or eta is out of range or without effect.
+        """
+        if not 0.0 <= eta <= 1.0:
+            raise BadInput(f"eta goes from 0 (deterministic) to 1 (new noise in every step), got {eta:g}.")
+        if eta and not self.takes_eta:
+            raise BadInput(f"eta is for ddim and tcd, and this solver is {self.name}: leave eta out, or take one of them.")
+        told, levels = self._asked(steps, spacing, sigmas, timesteps)
+        end = levels[-1] if len(levels) > len(told) else min(levels[-1], self._last_sigma())
+        # A last level already there would make an empty step.
+        keep = len(told) if levels[len(told) - 1] > end else len(told) - 1
+        if not keep:
+            raise BadInput(f"There is no step to take: these levels begin at sigma {end:.4g}, where {self.name} ends.")
+        listed = "sigmas" if sigmas is not None else "timesteps" if timesteps is not None else None
+        evaluated = Schedule(
+            (*levels[:keep], end),
+            tuple(told[:keep]),
+            self.training_sigmas(),
+            self._start_std(levels[0]),
+            continuous=self.continuous,
+            origin=f"{self.name}, {spacing or listed or self._spacing_name()}",
+        )
+        return self._boundaries(evaluated), self._solver(evaluated, len(told), eta, faithful)
+
+    def schedule(self, steps: int | None = None, **levels: Unpack[Given]) -> Schedule:
+        """The noise levels of :meth:`sampling`."""
+        return self.sampling(steps, **levels)[0]
+
+    def solver(
+        self, steps: int | None = None, *, eta: float = 0.0, faithful: bool = False, **levels: Unpack[Given]
+    ) -> Solver:
+        """The solver of :meth:`sampling`."""
+        return self.sampling(steps, eta=eta, faithful=faithful, **levels)[1]
+
+    def training_sigmas(self) -> tuple[float, ...]:
+        """sigma of every training timestep; none where the network is told noise levels."""
+        return ()
+
+    def _asked(
+        self, steps: int | None, spacing: str | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
+    ) -> tuple[Levels, Levels]:
+        """What the UNet is told at each level, and the levels, which may be followed by the one where they end."""
+        if sum(way is not None for way in (spacing, sigmas, timesteps)) > 1:
+            raise BadInput("The levels of a run are given by one of spacing, sigmas and timesteps: leave the others out.")
+        if sigmas is not None:
+            levels = _falling("sigmas", sigmas, sys.float_info.max)
+            told = self._told(levels if levels[-1] else levels[:-1])
+        elif timesteps is not None:
+            told = _falling("timesteps", timesteps, self.num_train_timesteps - 1)
+            levels = self._levels_at(told)
+            told = self._told(levels) if self.continuous else told
+        elif steps is None:
+            raise BadInput("A run has a number of steps, or sigmas or timesteps of your own: give one of them.")
+        elif not 1 <= steps <= self.num_train_timesteps:
+            raise BadInput(
+                f"Steps go from 1 to {self.num_train_timesteps} (the training timesteps of this model), got {steps}."
+            )
+        else:
+            return self._levels(steps, spacing)
+        if steps is not None and steps != len(told):
+            raise BadInput(f"{steps} steps were asked for, but levels for {len(told)} given: leave steps out.")
+        return told, levels
+
+    def _levels(self, steps: int, spacing: str | None) -> tuple[Levels, Levels]:
+        name = self.own_spacing if spacing is None else spacing
+        if name is None:
+            return self._own(steps)
+        levels = spacings.named(name, steps, *self._range(steps if spacing is None else None))
+        return self._told(levels, name), levels
+
+    def _told(self, levels: Levels, spacing: str | None = None) -> Levels:
+        if self.continuous:
+            return [0.25 * math.log(sigma) for sigma in levels]
+        table = self.training_sigmas()
+        timesteps = [timestep_of(sigma, table) for sigma in levels]
+        return [float(round(t)) for t in timesteps] if self._rounds(spacing) else timesteps
+
+    def _rounds(self, spacing: str | None) -> bool:
+        """Whether diffusers rounds the timesteps that the UNet is told at the levels of a spacing by noise level."""
+        return False
+
+    def _levels_at(self, timesteps: Levels) -> Levels:
+        table = self.training_sigmas()
+        if not table:
+            raise BadInput(f"{self.name} knows noise levels but no training timesteps: give sigmas instead of timesteps.")
+        return spacings.at_timesteps(timesteps, table)
+
+    def _own(self, steps: int) -> tuple[Levels, Levels]:
+        raise NotImplementedError
+
+    def _range(self, steps: int | None) -> tuple[float, float]:
+        """Lowest and highest level of the config's own spacing by noise level, or of training's (None)."""
+        raise NotImplementedError
+
+    def _last_sigma(self) -> float:
+        return 0.0
+
+    def _start_std(self, sigma: float) -> float:
+        return math.sqrt(1.0 + sigma**2)
+
+    def _spacing_name(self) -> str:
+        return self.own_spacing or "linspace"
+
+    def _boundaries(self, evaluated: Schedule) -> Schedule:
+        """The steps of a run, of all the levels that it evaluates at."""
+        return evaluated
+
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """For these levels, which diffusers plans as so many steps (the last may be an empty one)."""
+        raise NotImplementedError
+
+
+class TrainedConfig(SchedulerConfig):
+    """Trained on noise levels that betas give."""
+
+    snr_floor: ClassVar[float] = ZERO_SNR
+
     beta_start: float = Field(0.0001, gt=0.0, lt=1.0)
     beta_end: float = Field(0.02, gt=0.0, lt=1.0)
     beta_schedule: BetaSchedule = "linear"
     trained_betas: tuple[float, ...] | None = None
-    prediction_type: PredictionType = "epsilon"
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    steps_offset: int = Field(0, ge=0)
     rescale_betas_zero_snr: bool = False
 
     @model_validator(mode="after")
@@ -63,57 +226,6 @@ class SchedulerConfig(BaseModel):
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(f"{len(self.trained_betas)} betas for {self.num_train_timesteps} training timesteps")
         return self
-
-    @property
-    def kind(self) -> Kind:
-        """What the UNet predicts."""
-        return _KINDS[self.prediction_type]
-
-    def schedule(self, steps: int) -> Schedule:
-        """The noise levels of a run of ``steps`` steps.
-
-        Raises:
-            BadInput: the training timesteps do not allow so many steps.
-        """
-        if not 1 <= steps <= self.num_train_timesteps:
-            raise BadInput(
-                f"Steps go from 1 to {self.num_train_timesteps} (the training timesteps of this model), got {steps}."
-            )
-        timesteps, sigmas = self._levels(steps)
-        if len(set(sigmas)) < len(sigmas) or max(timesteps) > self.num_train_timesteps - 1:
-            raise BadInput(
-                f"{steps} steps with {self.timestep_spacing} spacing (offset {self.steps_offset}) do not fit into "
-                f"{self.num_train_timesteps} training timesteps: take fewer steps or another timestep_spacing."
-            )
-        last = self._last_sigma()
-        # A last level already there would make an empty step.
-        keep = len(sigmas) if sigmas[-1] > last else len(sigmas) - 1
-        return Schedule(
-            (*sigmas[:keep], last),
-            tuple(timesteps[:keep]),
-            self.training_sigmas(),
-            self._start_std(sigmas[0]),
-            origin=f"{self.name}, {self._spacing_name()}",
-        )
-
-    def solver(self, steps: int, *, eta: float = 0.0, faithful: bool = False) -> Solver:
-        """The solver of this class for a run of ``steps`` steps.
-
-        Args:
-            eta: DDIM's, 0 (deterministic) to 1 (DDPM).
-            faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
-
-        Raises:
-            BadInput: eta is out of range, or this is not DDIM.
-        """
-        if not 0.0 <= eta <= 1.0:
-            raise BadInput(f"DDIM's eta goes from 0 (deterministic) to 1 (DDPM), got {eta:g}.")
-        if eta and not isinstance(self, DDIMConfig):
-            raise BadInput(f"eta is DDIM's, and this solver is {self.name}: leave eta out, or take the solver ddim.")
-        return self._solver(steps, eta, faithful)
-
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        raise NotImplementedError
 
     def training_sigmas(self) -> tuple[float, ...]:
         """sigma of every training timestep."""
@@ -123,106 +235,49 @@ class SchedulerConfig(BaseModel):
         )
         return sigmas_of(alphas, self.snr_floor if zero_snr else ZERO_SNR)
 
-    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
-        timesteps = self._timesteps(steps, rounded=True)
-        return timesteps, spacing.at_timesteps(timesteps, self.training_sigmas())
+    def _own(self, steps: int) -> tuple[Levels, Levels]:
+        timesteps = self._timesteps(steps)
+        sigmas = self._levels_at(timesteps)
+        if len(set(sigmas)) < len(sigmas) or not 0 <= timesteps[-1] <= timesteps[0] <= self.num_train_timesteps - 1:
+            raise BadInput(
+                f"{steps} steps with {self._spacing_name()} spacing do not fit into {self.num_train_timesteps} training "
+                "timesteps: take fewer steps or another spacing."
+            )
+        return timesteps, sigmas
 
-    def _timesteps(self, steps: int, *, rounded: bool, extra: int = 0) -> spacing.Levels:
+    def _timesteps(self, steps: int) -> Levels:
+        raise NotImplementedError
+
+    def _range(self, steps: int | None) -> tuple[float, float]:
+        table = self.training_sigmas()
+        return table[0], table[-1]
+
+
+class SpacedConfig(TrainedConfig):
+    """Run on training timesteps that can be chosen in three ways."""
+
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: int = Field(0, ge=0)
+
+    def _timesteps(self, steps: int) -> Levels:
+        return self._spaced(steps)
+
+    def _spaced(self, steps: int, *, rounded: bool = True, extra: int = 0, clipped: int = 0) -> Levels:
         if self.timestep_spacing == "leading":
-            return spacing.leading(steps, self.num_train_timesteps, self.steps_offset, extra=extra)
+            return spacings.leading(steps, self.num_train_timesteps - clipped, self.steps_offset, extra=extra)
         if self.timestep_spacing == "trailing":
-            return spacing.trailing(steps, self.num_train_timesteps)
-        return spacing.linspace(steps, self.num_train_timesteps, extra=extra, rounded=rounded)
-
-    def _last_sigma(self) -> float:
-        return 0.0
-
-    def _start_std(self, sigma: float) -> float:
-        return float((1.0 + sigma**2) ** 0.5)
+            return spacings.trailing(steps, self.num_train_timesteps, clipped=clipped)
+        return spacings.linspace(steps, self.num_train_timesteps - clipped, extra=extra, rounded=rounded)
 
     def _spacing_name(self) -> str:
-        return self.timestep_spacing
+        return self.own_spacing or self.timestep_spacing
 
 
-class DDIMConfig(SchedulerConfig):
-    """``DDIMScheduler``."""
-
-    name: ClassVar[str] = "ddim"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    set_alpha_to_one: bool = True
-    thresholding: Literal[False] = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-
-    def _last_sigma(self) -> float:
-        return 0.0 if self.set_alpha_to_one else self.training_sigmas()[0]
-
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        """Euler with DDIM's eta; clipping moves x0 but not the direction."""
-        clip = self.clip_sample_range if self.clip_sample else None
-        if faithful:
-            return DiffusersDDIM(eta, self.training_sigmas(), self.num_train_timesteps // steps, self._last_sigma(), clip)
-        return Clipped(Euler(eta), clip, keep_eps=True) if clip else Euler(eta)
-
-
-class DDPMConfig(SchedulerConfig):
-    """``DDPMScheduler``."""
-
-    name: ClassVar[str] = "ddpm"
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "learned_range"] = "fixed_small"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    thresholding: Literal[False] = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        """Ancestral Euler."""
-        euler = Euler(1.0, _VARIANCES[self.variance_type])
-        solver = Clipped(euler, self.clip_sample_range) if self.clip_sample else euler
-        return DiffusersNoiseAtEnd(solver, self.training_sigmas()[0]) if faithful and euler.variance == "large" else solver
-
-
-class PNDMConfig(SchedulerConfig):
-    """``PNDMScheduler``."""
-
-    name: ClassVar[str] = "pndm"
-    skip_prk_steps: bool = False
-    rescale_betas_zero_snr: Literal[False] = False
-    set_alpha_to_one: bool = False
-
-    def _last_sigma(self) -> float:
-        return 0.0 if self.set_alpha_to_one else self.training_sigmas()[0]
-
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        """PLMS, with a Runge–Kutta start unless ``skip_prk_steps``."""
-        sigmas = self.training_sigmas()
-        if not self.skip_prk_steps:
-            return PNDM(sigmas)
-        if faithful and self.kind != "x0":  # which diffusers' refuses
-            return DiffusersPLMS(sigmas, self.num_train_timesteps // steps, self._last_sigma(), self.kind)
-        return PLMS(self._last_sigma())
-
-
-class UnCLIPConfig(SchedulerConfig):
-    """``UnCLIPScheduler``: DDPM on evenly spread timesteps, both ends included."""
-
-    name: ClassVar[str] = "unclip"
-    beta_schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    prediction_type: Literal["epsilon", "sample"] = "epsilon"
-    timestep_spacing: Literal["linspace"] = "linspace"
-    rescale_betas_zero_snr: Literal[False] = False
-    variance_type: Literal["fixed_small_log", "learned_range"] = "fixed_small_log"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-
-    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
-        if steps < 2:
-            raise BadInput("The steps of unclip begin and end with training's own: use 2 or more, not 1.")
-        return super()._levels(steps)
-
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        """Ancestral Euler."""
-        euler = Euler(1.0, _VARIANCES[self.variance_type])
-        return Clipped(euler, self.clip_sample_range) if self.clip_sample else euler
+def _falling(name: str, given: Sequence[float], highest: float) -> Levels:
+    """``given`` as numbers; BadInput unless they begin above 0 and fall strictly, to 0 at the lowest."""
+    values = [float(value) for value in given]
+    if not values or not 0.0 < values[0] <= highest or not all(a > b >= 0.0 for a, b in pairwise(values)):
+        limit = "" if highest == sys.float_info.max else f" and at most at {highest:g}"
+        shown = " ".join(f"{value:g}" for value in values) or "none"
+        raise BadInput(f"The {name} of a run begin above 0{limit} and fall strictly, to 0 at the lowest, got {shown}.")
+    return values

@@ -8,23 +8,42 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..core.errors import BadInput, BadModel
-from . import classes, sigma_classes
+from . import consistency_classes, multistep_classes, sigma_classes, vp_classes
 from .classes import SchedulerConfig
 
 SOLVERS: dict[str, type[SchedulerConfig]] = {
     kind.name: kind
     for kind in (
-        classes.DDIMConfig,
-        classes.DDPMConfig,
-        sigma_classes.DPMSolverMultistepConfig,
-        sigma_classes.EulerAncestralDiscreteConfig,
+        vp_classes.DDIMConfig,
+        vp_classes.DDPMConfig,
+        multistep_classes.DEISMultistepConfig,
+        multistep_classes.DPMSolverMultistepConfig,
+        multistep_classes.DPMSolverSinglestepConfig,
+        sigma_classes.DPMSolverSDEConfig,
+        sigma_classes.KDPM2DiscreteConfig,
+        sigma_classes.KDPM2AncestralDiscreteConfig,
+        sigma_classes.EDMEulerConfig,
         sigma_classes.EulerDiscreteConfig,
+        sigma_classes.EulerAncestralDiscreteConfig,
         sigma_classes.HeunDiscreteConfig,
-        classes.PNDMConfig,
-        classes.UnCLIPConfig,
+        consistency_classes.LCMConfig,
+        sigma_classes.LMSDiscreteConfig,
+        vp_classes.PNDMConfig,
+        multistep_classes.SASolverConfig,
+        consistency_classes.TCDConfig,
+        vp_classes.UnCLIPConfig,
+        multistep_classes.UniPCMultistepConfig,
     )
 }
 """Solver names of chain files, and the diffusers class each takes its conventions from."""
+
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "dpm++2m-sde": ("dpm++2m", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++3m": ("dpm++2m", {"solver_order": 3}),
+    "dpm++3m-sde": ("dpm++2m", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+    "dpm++3s": ("dpm++2s", {"solver_order": 3}),
+}
+"""Further names of chain files: a solver of those and the options that make it another."""
 
 _CLASSES = {kind.__name__.replace("Config", "Scheduler"): kind for kind in SOLVERS.values()}
 _KNOWN_OPTIONS = {name for kind in SOLVERS.values() for name in kind.model_fields}
@@ -44,13 +63,17 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
     """
     name = str(config.get("_class_name", ""))
     if name not in _CLASSES:
-        raise BadModel(f"The scheduler class {name or '(none)'} is not supported: use one of {', '.join(sorted(_CLASSES))}.")
-    if solver is not None and solver not in SOLVERS:
-        raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS))}.")
-    kind = SOLVERS[solver] if solver else _CLASSES[name]
+        known = ", ".join(sorted(known.removesuffix("Scheduler") for known in _CLASSES))
+        raise BadModel(f"The scheduler class {name or '(none)'} is not supported: use one of {known} (…Scheduler).")
+    named, variant = VARIANTS.get(solver or "", (solver, {}))
+    if named is not None and named not in SOLVERS:
+        raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS | VARIANTS))}.")
+    kind = SOLVERS[named] if named else _CLASSES[name]
     if foreign := sorted(changes.keys() - kind.model_fields.keys()):
         raise BadInput(f"The solver {kind.name} has no option {', '.join(foreign)}: take another solver or leave it out.")
-    given = {key: value for key, value in config.items() if not key.startswith("_")} | changes
+    if double := sorted(changes.keys() & variant.keys()):
+        raise BadInput(f"The solver {solver} is {named} with another {', '.join(double)}: take {named}, or leave it out.")
+    given = {key: value for key, value in config.items() if not key.startswith("_")} | variant | changes
     unknown = sorted(given.keys() - _KNOWN_OPTIONS)
     if unknown:
         raise BadModel(
@@ -62,4 +85,5 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
     except ValidationError as error:
         fault = error.errors()[0]
         name, option = kind.__name__.replace("Config", "Scheduler"), ".".join(str(part) for part in fault["loc"])
-        raise BadModel(f"{name} option {option} = {fault['input']!r} is not honoured: {fault['msg']}.") from error
+        what = f"option {option} = {fault['input']!r} is" if option else "options are"
+        raise BadModel(f"{name} {what} not honoured: {fault['msg']}.") from error

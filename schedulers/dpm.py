@@ -64,7 +64,7 @@ class _Extrapolating:
             difference = slope * h / (logs[1] - logs[0]) if sigma_next else 0.0
             points = (step.value + difference, -difference)
         else:
-            points = _third_order(step, h, logs) if sigma_next else (1.0, 0.0, 0.0)
+            points = _third_order(step, h, logs) if sigma_next else (step.value, 0.0, 0.0)
         return Row(step.x, points, step.noise)
 
 
@@ -77,7 +77,7 @@ def _third_order(step: Taylor, h: float, logs: list[float]) -> tuple[float, ...]
 
 
 def DPMSolver(  # noqa: N802
-    order: Literal[1, 2, 3] = 2,
+    order: int = 2,
     *,
     predicts: Predicts = "x0",
     tau: float = 0.0,

@@ -31,12 +31,13 @@ class DPMppSDE:
         if not sigma_next:
             return x0, ()
         middle = math.sqrt(sigma * sigma_next)
-        first, second = noise(sigma, middle), noise(middle, sigma_next)
+        first = noise(sigma, middle) if self.eta else x
         x0 = denoise(self._step(x, x0, sigma, middle, first), middle).x0
+        second = noise(middle, sigma_next) if self.eta else x
         whole = (first * math.sqrt(sigma - middle)).add_(second, alpha=math.sqrt(middle - sigma_next))
         return self._step(x, x0, sigma, sigma_next, whole.div_(math.sqrt(sigma - sigma_next))), ()
 
     def _step(self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, unit: Tensor) -> Tensor:
         up = ancestral_noise(sigma, sigma_next, self.eta)
-        down = math.sqrt(sigma_next**2 - up**2)
-        return torch.lerp(x0, x, down / sigma).add_(unit, alpha=up)
+        x = torch.lerp(x0, x, math.sqrt(sigma_next**2 - up**2) / sigma)
+        return x.add_(unit, alpha=up) if up else x

@@ -64,10 +64,10 @@ class Multistep:
         here = denoise(x, sigma)
         if self.corrector is not None and history and sigma not in self.uncorrected:
             x = self._corrected(self.corrector, here, x, sigma, history)
-        earlier = history[: -self._points(sigma_next, len(history) + 1) : -1]
-        row = self.weights((sigma, *(past.sigma for past in earlier)), sigma, sigma_next)
+        points: tuple[Prediction | Past, ...] = (here, *history[: -self._points(sigma_next, len(history) + 1) : -1])
+        row = self.weights(tuple(point.sigma for point in points), sigma, sigma_next)
         x_next = x * row.x
-        for weight, point in zip(row.points, (here, *earlier), strict=True):
+        for weight, point in zip(row.points, points, strict=True):
             x_next.add_(self._estimate(point), alpha=weight)
         if row.noise:
             x_next.add_(noise(sigma, sigma_next), alpha=row.noise)

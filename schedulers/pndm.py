@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class PNDM:
     ``training_sigmas`` tells where half a step of training time lies.
     """
 
-    training_sigmas: tuple[float, ...]
+    training_sigmas: tuple[float, ...] = field(repr=False)
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /

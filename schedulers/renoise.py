@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -70,7 +70,7 @@ class Strategic:
     """To the level of ``1 - gamma`` of the next timestep (Zheng et al., arXiv:2402.19159, alg. 4)."""
 
     gamma: float
-    training_sigmas: tuple[float, ...]
+    training_sigmas: tuple[float, ...] = field(repr=False)
 
     def __call__(self, sigma: float, sigma_next: float, /) -> float:
         """The level."""
@@ -121,7 +121,7 @@ class Bounded:
     """
 
     solver: Solver
-    training_sigmas: tuple[float, ...]
+    training_sigmas: tuple[float, ...] = field(repr=False)
     timestep_scaling: float = 10.0
 
     def __call__(

@@ -1,80 +1,80 @@
-"""diffusers' sigma schedulers as data: Euler, Heun, DPM-Solver."""
+"""diffusers' schedulers that work on sigmas as k-diffusion does, as data: Euler, Heun, LMS, DPM2, DPM++ SDE, EDM."""
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..core.schedule import timestep_of
+from ..core.prediction import Kind, Preconditioned
+from ..core.schedule import Schedule
 from ..core.solver import Solver
-from . import spacing
-from .classes import SchedulerConfig
-from .clip import Clipped
-from .dpmpp import DPMpp2M
+from . import spacing as spacings
+from .adams import LMS
+from .classes import SchedulerConfig, SpacedConfig
+from .dpmpp_sde import DPMppSDE
 from .euler import Euler
 from .heun import Heun
+from .options import Clipping, FinalSigmas, SigmaSpaced, bounded
+from .seeded import Seeded
+from .singlestep import DPM2
+from .spacing import Levels
 
 
-class SigmaConfig(SchedulerConfig):
+class SigmaConfig(SpacedConfig):
     """What the schedulers that work on sigmas have in common."""
 
+    scales_input: ClassVar[bool] = True
     # diffusers' sigma schedulers floor a zero terminal alpha-bar here, visibly: 2.4e-4 of the first step.
     snr_floor: ClassVar[float] = 2.0**-24
 
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "linspace"
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: Literal[False] = False
-    use_beta_sigmas: Literal[False] = False
 
-    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
-        timesteps = self._timesteps(steps, rounded=False)
-        sigmas = spacing.at_timesteps(timesteps, self.training_sigmas())
-        if self.use_karras_sigmas:
-            sigmas = spacing.karras(steps, *self._karras_range(sigmas))
-            timesteps = [timestep_of(sigma, self.training_sigmas()) for sigma in sigmas]
-        return timesteps, sigmas
+    def _timesteps(self, steps: int) -> Levels:
+        return self._spaced(steps, rounded=False)
 
-    def _karras_range(self, sigmas: spacing.Levels) -> tuple[float, float]:
-        return sigmas[-1], sigmas[0]
+    def _range(self, steps: int | None) -> tuple[float, float]:
+        if steps is None:
+            return super()._range(None)
+        levels = self._levels_at(self._timesteps(steps))
+        return levels[-1], levels[0]
 
     def _start_std(self, sigma: float) -> float:
         return super()._start_std(sigma) if self.timestep_spacing == "leading" else sigma
 
-    def _spacing_name(self) -> str:
-        return "Karras" if self.use_karras_sigmas else super()._spacing_name()
 
-
-class EulerDiscreteConfig(SigmaConfig):
+class EulerDiscreteConfig(SigmaConfig, SigmaSpaced):
     """``EulerDiscreteScheduler``."""
 
     name: ClassVar[str] = "euler"
     interpolation_type: Literal["linear", "log_linear"] = "linear"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: float | None = Field(None, gt=0.0)
+    sigma_max: float | None = Field(None, gt=0.0)
     timestep_type: Literal["discrete", "continuous"] = "discrete"
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    final_sigmas_type: FinalSigmas = "zero"
 
-    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
-        timesteps, sigmas = super()._levels(steps)
-        if self.interpolation_type == "log_linear" and not self.use_karras_sigmas:
+    @property
+    def continuous(self) -> bool:
+        """Whether the UNet is told ``ln(sigma) / 4`` instead of a training timestep."""
+        return self.timestep_type == "continuous" and self.prediction_type == "v_prediction"
+
+    def _own(self, steps: int) -> tuple[Levels, Levels]:
+        timesteps, sigmas = super()._own(steps)
+        if self.interpolation_type == "log_linear":
+            # One level more than there are timesteps, so that it never reaches 0; and the timesteps stay.
             table = self.training_sigmas()
-            sigmas = spacing.log_linear(steps, table[0], table[-1])
-        if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
-            timesteps = [0.25 * math.log(sigma) for sigma in sigmas]
-        return timesteps, sigmas
+            sigmas = spacings.exponential(steps + 1, table[0], table[-1])
+        return (self._told(sigmas[:steps]) if self.continuous else timesteps), sigmas
 
-    def _karras_range(self, sigmas: spacing.Levels) -> tuple[float, float]:
-        low, high = super()._karras_range(sigmas)
+    def _range(self, steps: int | None) -> tuple[float, float]:
+        table = self.training_sigmas()
+        low, high = (table[0], table[-1]) if self.interpolation_type == "log_linear" else super()._range(steps)
         return low if self.sigma_min is None else self.sigma_min, high if self.sigma_max is None else self.sigma_max
 
     def _last_sigma(self) -> float:
-        # log_linear plans one level more than it has timesteps, so that it never reaches 0.
-        ends_above = self.interpolation_type == "log_linear" and not self.use_karras_sigmas
-        return self.training_sigmas()[0] if ends_above or self.final_sigmas_type == "sigma_min" else 0.0
+        return self.training_sigmas()[0] if self.final_sigmas_type == "sigma_min" else 0.0
 
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
         """Euler."""
         return Euler()
 
@@ -83,68 +83,115 @@ class EulerAncestralDiscreteConfig(SigmaConfig):
     """``EulerAncestralDiscreteScheduler``."""
 
     name: ClassVar[str] = "euler-ancestral"
-    use_karras_sigmas: Literal[False] = False
 
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
         """Ancestral Euler."""
         return Euler(1.0)
 
 
-class HeunDiscreteConfig(SigmaConfig):
+class LMSDiscreteConfig(SigmaConfig, SigmaSpaced):
+    """``LMSDiscreteScheduler``."""
+
+    name: ClassVar[str] = "lms"
+
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """Linear multistep of fourth order."""
+        return LMS()
+
+
+class SecondOrderConfig(SigmaConfig, SigmaSpaced):
+    """What the schedulers with two evaluations in each step have in common: other betas."""
+
+    beta_start: float = Field(0.00085, gt=0.0, lt=1.0)
+    beta_end: float = Field(0.012, gt=0.0, lt=1.0)
+
+
+class HeunDiscreteConfig(SecondOrderConfig, Clipping):
     """``HeunDiscreteScheduler``."""
 
     name: ClassVar[str] = "heun"
-    rescale_betas_zero_snr: Literal[False] = False
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
 
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
         """Heun."""
-        return Clipped(Heun(), self.clip_sample_range) if self.clip_sample else Heun()
+        return bounded(Heun(), self)
 
 
-class DPMSolverMultistepConfig(SigmaConfig):
-    """``DPMSolverMultistepScheduler``, first and second order."""
+class KDPM2DiscreteConfig(SecondOrderConfig):
+    """``KDPM2DiscreteScheduler``."""
 
-    name: ClassVar[str] = "dpm++2m"
-    scales_input: ClassVar[bool] = False
-    solver_order: Literal[1, 2] = 2
-    thresholding: Literal[False] = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_lu_lambdas: Literal[False] = False
-    use_flow_sigmas: Literal[False] = False
-    flow_shift: float = 1.0
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    lambda_min_clipped: float | None = Field(-math.inf, le=-math.inf)
-    variance_type: None = None
-    use_dynamic_shifting: Literal[False] = False
-    time_shift_type: str = "exponential"
+    name: ClassVar[str] = "dpm2"
 
-    def _levels(self, steps: int) -> tuple[spacing.Levels, spacing.Levels]:
-        table = self.training_sigmas()
-        if not self.use_karras_sigmas:
-            timesteps = self._timesteps(steps, rounded=True, extra=1)
-            return timesteps, spacing.at_timesteps(timesteps, table)
-        sigmas = spacing.karras(steps, table[0], table[-1])
-        timesteps = [timestep_of(sigma, table) for sigma in sigmas]
-        return ([float(round(t)) for t in timesteps] if self.beta_schedule != "squaredcos_cap_v2" else timesteps), sigmas
+    def _rounds(self, spacing: str | None) -> bool:
+        return spacing == "karras"
 
-    def _start_std(self, sigma: float) -> float:
-        return float((1.0 + sigma**2) ** 0.5)
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """DPM-Solver-2."""
+        return DPM2()
+
+
+class KDPM2AncestralDiscreteConfig(KDPM2DiscreteConfig):
+    """``KDPM2AncestralDiscreteScheduler``."""
+
+    name: ClassVar[str] = "dpm2-ancestral"
+
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """DPM-Solver-2 with ancestral noise."""
+        return DPM2(1.0)
+
+
+class DPMSolverSDEConfig(SecondOrderConfig):
+    """``DPMSolverSDEScheduler``."""
+
+    name: ClassVar[str] = "dpm++sde"
+    brownian: ClassVar[bool] = True
+    noise_sampler_seed: int | None = None
+
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """DPM-Solver++ SDE, with noise of its own if it has a seed."""
+        if self.noise_sampler_seed is None:
+            return DPMppSDE()
+        return Seeded(DPMppSDE(), self.noise_sampler_seed, evaluated.sigmas[0])
+
+
+class EDMEulerConfig(SchedulerConfig):
+    """``EDMEulerScheduler``: the noise levels and preconditioning of Karras et al., arXiv:2206.00364, table 1."""
+
+    name: ClassVar[str] = "edm-euler"
+    scales_input: ClassVar[bool] = True
+    sigma_min: float = Field(0.002, gt=0.0)
+    sigma_max: float = Field(80.0, gt=0.0)
+    sigma_data: float = Field(0.5, gt=0.0)
+    sigma_schedule: Literal["karras", "exponential"] = "karras"
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    rho: float = Field(7.0, gt=0.0)
+    final_sigmas_type: FinalSigmas = "zero"
+
+    @property
+    def kind(self) -> Kind:
+        """What the UNet predicts: with "v_prediction" of the other sign."""
+        return Preconditioned(self.sigma_data, 1 if self.prediction_type == "epsilon" else -1)
+
+    @property
+    def continuous(self) -> bool:
+        """The UNet is told ``ln(sigma) / 4``."""
+        return True
+
+    def _own(self, steps: int) -> tuple[Levels, Levels]:
+        low, high = self._range(steps)
+        karras = self.sigma_schedule == "karras"
+        levels = spacings.karras(steps, low, high, self.rho) if karras else spacings.exponential(steps, low, high)
+        return self._told(levels), levels
+
+    def _range(self, steps: int | None) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
 
     def _last_sigma(self) -> float:
-        return self.training_sigmas()[0] if self.final_sigmas_type == "sigma_min" else 0.0
+        return self.sigma_min if self.final_sigmas_type == "sigma_min" else 0.0
 
-    def _solver(self, steps: int, eta: float, faithful: bool) -> Solver:
-        """DPM-Solver++ of the configured order."""
-        if self.solver_order == 1:
-            return Euler()
-        short = self.lower_order_final and steps < 15
-        return DPMpp2M(self.solver_type, self._last_sigma() if short or self.euler_at_final else 0.0)
+    def _spacing_name(self) -> str:
+        return self.sigma_schedule
+
+    def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
+        """Euler."""
+        return Euler()

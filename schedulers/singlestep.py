@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ class Singlestep:
         faithful: repeat diffusers' wrong sign in the third order of the SDE.
     """
 
-    order: Literal[1, 2, 3] = 2
+    order: int = 2
     levels: tuple[float, ...] = ()
     predicts: Predicts = "x0"
     tau: float = 0.0
@@ -76,7 +75,9 @@ class Singlestep:
     def _weights(self, step: Taylor, places: list[float]) -> tuple[float, ...]:
         """Of the differences to the first estimate, for points that far along the step."""
         if len(places) == 1:
-            return ((0.5 * step.value if self.solver_type == "midpoint" else step.slope) / places[0],)
+            # On its way to third order the paper weighs the slope exactly, diffusers as in a step of second order.
+            half = self.solver_type == "midpoint" and (self.order == 2 or bool(self.levels))
+            return ((0.5 * step.value if half else step.slope) / places[0],)
         near, far = places
         if self.solver_type == "midpoint":
             return 0.0, step.slope / far

@@ -16,7 +16,7 @@ UniPCType = Literal["bh1", "bh2"]
 
 
 def UniPC(  # noqa: N802
-    order: Literal[1, 2, 3] = 2,
+    order: int = 2,
     *,
     solver_type: UniPCType = "bh2",
     predicts: Predicts = "x0",

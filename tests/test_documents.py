@@ -1,6 +1,7 @@
 """What the documents show works as it stands."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     start = unrolled.noise(model, schedule)
     own, ours = (unrolled.denoise(denoiser, start, schedule, s) for s in (names["euler"], unrolled.Euler()))  # type: ignore[arg-type]
     assert (own.x - ours.x).abs().max() < 1e-5
+
+
+def test_the_solver_of_ones_own_runs_and_its_error_halves_with_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "solvers.md").read_text(), re.S):
+        exec(block, names)
+    errors = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(errors) == 3
+    assert all(1.7 < more / fewer < 2.5 for more, fewer in pairwise(errors))
 
 
 def test_the_readmes_commands_are_there() -> None:

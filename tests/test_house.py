@@ -21,7 +21,8 @@ ROOT = Path(unrolled.__file__).parent
 NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "build", "dist"}
 
 VALUES = {
-    "conditioning", "denoiser", "errors", "files", "guidance", "latents", "noise", "prediction", "schedule", "solver",
+    "conditioning", "denoiser", "errors", "files", "guidance", "latents", "mixture", "noise", "prediction", "schedule",
+    "solver",
 }  # fmt: skip
 LOADING = {"catalog", "checkpoint", "hub", "loading", "single_file", "source", "weights", "memory", "model"}
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from unrolled.chains.chain import Chain
+from unrolled.chains.chain import Chain, TextToImage
 from unrolled.chains.plan import plan
 from unrolled.chains.read import packaged_chains, read_chain
+from unrolled.chains.trace import draws, planned_steps
 from unrolled.core.errors import BadChain, BadModel
 from unrolled.core.loading import Shelf
+from unrolled.schedulers import Euler, EulerAncestral
 
 
 def chain(folder: Path, text: str) -> Chain:
@@ -64,7 +66,9 @@ def test_sizes_handoffs_and_calls(tmp_path: Path) -> None:
     assert (first.takes, second.takes, third.takes) == ("noise", "latents", "pixels")
     assert (first.size, third.size) == ((64, 64), (128, 128))
     assert (first.evaluations, second.evaluations, third.evaluations) == (9, 6, 0), "PNDM starts with a step of Heun's"
-    assert "runs 5 of 10 steps" in second.notes[0]
+    assert second.run is not None
+    assert (len(second.run.schedule), len(second.run.whole)) == (5, 10)
+    assert (first.memory is not None, first.mode, third.mode) == (True, "resident", None)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +168,94 @@ def test_a_file_named_from_outside_is_ones_own(
     monkeypatch.chdir(tmp_path)
     chain = read_chain("image-to-image-to-image", ["changed.image=mine.png"])
     assert plan(chain, Shelf(device="cpu"))[0].takes.endswith("mine.png, fitted")
+
+
+# --- every step of a plan
+
+
+def test_steps_say_where_every_evaluation_lies(tmp_path: Path) -> None:
+    text = """
+    [[stage]]
+    name = "first"
+    do = "text-to-image"
+    solver = "heun"
+    steps = 3
+    guidance_scale = [5.0, 1.0, 3.0]
+    [[stage]]
+    name = "again"
+    do = "image-to-image"
+    solver = "dpm++2m"
+    steps = 4
+    strength = 0.5
+    repeat = 2
+    """
+    plans = plan(chain(tmp_path, text), Shelf(device="cpu"))
+    steps = planned_steps(plans)
+    assert [step.index for step in steps] == list(range(7))
+    assert [(step.stage, step.repetition, step.step) for step in steps] == [
+        *(("first", 0, i) for i in range(3)), *(("again", 0, i) for i in (2, 3)), *(("again", 1, i) for i in (2, 3)),
+    ]  # fmt: skip
+    first, again = plans[0].run, plans[1].run
+    assert first is not None
+    assert again is not None
+    one, two, three, *rest = steps
+    assert one.evaluated == (one.sigma, one.sigma_next) == first.schedule.sigmas[:2], "Heun's second lies at the end"
+    assert (two.sigma, three.evaluated, three.sigma_next) == (one.sigma_next, (three.sigma,), 0.0)
+    assert [step.timestep for step in steps[:3]] == list(first.schedule.timesteps)
+    assert [step.guidance_scale for step in steps[:3]] == [5.0, 1.0, 3.0]
+    assert [step.remembered for step in rest] == [0, 1, 0, 1], "each repetition starts afresh"
+    assert [step.sigma for step in rest] == [*again.schedule.sigmas[:2]] * 2
+    assert sum(len(step.evaluated) for step in steps) == sum(item.evaluations for item in plans)
+
+
+def test_the_middle_of_a_step(tmp_path: Path) -> None:
+    job = chain(tmp_path, '[[stage]]\ndo = "text-to-image"\nsolver = "dpm2"\nsteps = 3')
+    for step in planned_steps(plan(job, Shelf(device="cpu")))[:-1]:
+        assert step.sigma > step.evaluated[1] > step.sigma_next
+        assert step.evaluated[1] == pytest.approx((step.sigma * step.sigma_next) ** 0.5, rel=0.05)
+
+
+def test_the_rest_of_a_run_starts_with_what_was_remembered(tmp_path: Path) -> None:
+    """PNDM's first step takes two evaluations, but not that of a run that goes on."""
+    pndm = 'solver = "pndm"\nscheduler = { skip_prk_steps = true }'
+    text = SPLIT.format(stop="step = 4").replace('solver = "euler"', pndm)
+    whole = f'[[stage]]\ndo = "text-to-image"\n{pndm}\nsteps = 10'
+    shelf = Shelf(device="cpu")
+    base, rest = plan(chain(tmp_path, text), shelf)
+    assert rest.continues
+    assert rest.goes_on_from is base
+    assert (base.evaluations, rest.evaluations) == (5, 6)
+    steps, at_once = planned_steps([base, rest]), planned_steps(plan(chain(tmp_path, whole), shelf))
+    assert [(s.evaluated, s.remembered) for s in steps] == [(s.evaluated, s.remembered) for s in at_once]
+    assert [s.remembered for s in steps] == [0, 1, 2, *[3] * 7]
+    (base, rest) = plan(chain(tmp_path, text.replace('name = "rest"', 'name = "rest"\nsteps = 9')), shelf)
+    assert (rest.continues, rest.evaluations, len(rest.trace)) == (False, 7, 6)
+
+
+def test_who_draws(tmp_path: Path) -> None:
+    (item,) = plan(chain(tmp_path, '[[stage]]\ndo = "text-to-image"\nsteps = 3'), Shelf(device="cpu"))
+    assert item.run is not None
+    assert draws(item.run.schedule, EulerAncestral())
+    assert not draws(item.run.schedule, Euler())
+
+
+def test_a_solver_keeps_the_name_it_was_given(tmp_path: Path) -> None:
+    """Some names stand for a solver and options of it; what is run is planned again from the plan's stages."""
+    for given in ("dpm++3m-sde", None):
+        job = chain(tmp_path, '[[stage]]\ndo = "text-to-image"\nsteps = 3' + (f'\nsolver = "{given}"' if given else ""))
+        (item,) = plan(job, Shelf(device="cpu"))
+        assert isinstance(item.stage, TextToImage)
+        assert item.stage.solver == (given or "dpm++2m")
+        (again,) = plan(Chain(stages=(item.stage,)), Shelf(device="cpu"))
+        assert again.run == item.run
+
+
+def test_a_plan_says_how_its_models_are_placed() -> None:
+    job = read_chain("text-to-image")
+    (all_at_once,) = plan(job, Shelf(device="cpu", vram="1G"))
+    assert all_at_once.mode == "resident"
+    (part,) = plan(job, Shelf(device="cpu", vram=int(all_at_once.memory or 0) - 1))
+    assert part.mode == "model"
+    (layers,) = plan(job, Shelf(device="cpu", offload="layer"))
+    assert layers.mode == "layer"
+    assert (part.memory or 0) < (all_at_once.memory or 0)

@@ -24,6 +24,19 @@ def test_parameters_text() -> None:
     assert "Denoising strength: 0.5" in third
 
 
+@pytest.mark.parametrize(
+    ("said", "sampler"),
+    [
+        ({"solver": "dpm++2m-sde", "spacing": "karras"}, "DPM++ 2M SDE Karras"),
+        ({"solver": "unipc", "scheduler": {"use_exponential_sigmas": True}}, "UniPC Exponential"),
+        ({"solver": "tcd"}, "tcd"),
+    ],
+)
+def test_the_sampler_is_called_as_in_the_web_ui(said: dict[str, object], sampler: str) -> None:
+    text = parameters(Chain(stages=(TextToImage.model_validate(said),)), 0, (8, 8))
+    assert f"Sampler: {sampler}, " in text
+
+
 def test_values_with_commas_are_quoted() -> None:
     text = parameters(Chain(stages=(TextToImage(model="a, b"),)), 0, (8, 8))
     assert 'Model: "a, b"' in text

@@ -91,7 +91,7 @@ def test_the_refiner_may_have_another_solver_and_schedule(
     assert two.run is not None
     assert one.run.schedule.sigmas[-1] == pytest.approx(two.run.schedule.sigmas[0], rel=1e-4)
     assert two.run.schedule.sigmas[-1] == 0
-    assert (two.takes, two.continues) == ("noisy latents; the solver starts afresh", False)
+    assert (two.takes, two.continues) == ("noisy latents", False)
     assert run(Chain(stages=(base, refiner)), shelf).outputs["refiner"].is_picture
 
 

@@ -32,7 +32,8 @@ def midpoint(
     middle = (sigma + sigma_next) / 2
     first = denoise(x, sigma)
     second = denoise(x + (middle - sigma) * first.eps, middle)
-    return x + (sigma_next - sigma) * second.eps + 0.1 * sigma_next * (noise(sigma, sigma_next) - noise(sigma, sigma_next)), ()
+    new = noise(sigma, sigma_next) - noise(sigma, sigma_next)
+    return x + (sigma_next - sigma) * second.eps + 0.1 * sigma_next * new, ()
 
 
 def network(x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:

@@ -10,12 +10,13 @@ from typing import Any
 import diffusers
 import pytest
 from unrolled.core.errors import BadInput, BadModel
-from unrolled.schedulers import PLMS, PNDM, DPMpp2M, Euler, Heun
-from unrolled.schedulers.clip import Clipped
 from unrolled.schedulers.config import SOLVERS, read_scheduler
-from unrolled.schedulers.faithful import DiffusersDDIM, DiffusersPLMS
 
 CLASSES = [kind.__name__.replace("Config", "Scheduler") for kind in SOLVERS.values()]
+MULTI, SINGLE, DEIS_CLASS, UNIPC, SA, EDM = (
+    f"{name}Scheduler"
+    for name in ("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "SASolver", "EDMEuler")
+)
 SD15 = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
@@ -31,6 +32,11 @@ SD15 = {
 }
 
 
+def having(option: str) -> list[str]:
+    """The classes with an option."""
+    return [name for name, kind in zip(CLASSES, SOLVERS.values(), strict=True) if option in kind.model_fields]
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_option_of_diffusers_is_known_with_its_default(name: str) -> None:
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
@@ -44,32 +50,47 @@ def test_every_option_of_diffusers_is_known_with_its_default(name: str) -> None:
     ("name", "options", "fault"),
     [
         *((name, {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'") for name in CLASSES),
-        *((name, {"timestep_spacing": "random"}, "timestep_spacing = 'random'") for name in CLASSES),
-        *((name, {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'") for name in CLASSES),
+        *((name, {"timestep_spacing": "random"}, "timestep_spacing = 'random'") for name in having("timestep_spacing")),
+        *((name, {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'") for name in having("beta_schedule")),
         *((name, {"num_train_timesteps": 0}, "num_train_timesteps = 0") for name in CLASSES),
-        *((f"{k}Scheduler", {"thresholding": True}, "thresholding = True") for k in ("DDIM", "DDPM", "DPMSolverMultistep")),
-        *(
-            (f"{k}Scheduler", {f"use_{sigmas}_sigmas": True}, f"use_{sigmas}_sigmas = True")
-            for k in ("EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep")
-            for sigmas in ("exponential", "beta")
-        ),
         ("DDIMScheduler", {"clip_sample": "perhaps"}, "clip_sample = 'perhaps'"),
+        ("DDIMScheduler", {"clip_sample_range": 0.0}, "clip_sample_range = 0.0"),
+        ("DDIMScheduler", {"dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio = 1.5"),
         *(
             ("DDPMScheduler", {"variance_type": kind}, f"variance_type = '{kind}'")
-            for kind in ("fixed_large_log", "learned", "learned")
+            for kind in ("fixed_large_log", "learned")
         ),
-        ("EulerAncestralDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
+        ("UnCLIPScheduler", {"beta_schedule": "linear"}, "beta_schedule = 'linear'"),
+        ("UnCLIPScheduler", {"prediction_type": "v_prediction"}, "prediction_type = 'v_prediction'"),
         ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "interpolation_type = 'cubic'"),
         ("EulerDiscreteScheduler", {"timestep_type": "integer"}, "timestep_type = 'integer'"),
         ("EulerDiscreteScheduler", {"final_sigmas_type": "max"}, "final_sigmas_type = 'max'"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order = 3"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver"),
-        ("DPMSolverMultistepScheduler", {"solver_type": "bh2"}, "solver_type = 'bh2'"),
-        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "use_lu_lambdas = True"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
-        ("DPMSolverMultistepScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
-        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "variance_type = 'learned'"),
-        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped = -5.1"),
+        *(("EulerDiscreteScheduler", {key: 0.0}, f"{key} = 0.0") for key in ("sigma_min", "sigma_max")),
+        *((name, {"solver_order": 4}, "solver_order = 4") for name in (MULTI, SINGLE, DEIS_CLASS, UNIPC)),
+        *((name, {"use_flow_sigmas": True}, "use_flow_sigmas = True") for name in (MULTI, SINGLE, DEIS_CLASS, UNIPC, SA)),
+        *(
+            (name, {"use_dynamic_shifting": True}, "use_dynamic_shifting = True")
+            for name in (MULTI, SINGLE, DEIS_CLASS, UNIPC)
+        ),
+        *(
+            (name, {"time_shift_type": "linear"}, "time_shift_type = 'linear'")
+            for name in (MULTI, SINGLE, DEIS_CLASS, UNIPC)
+        ),
+        *((name, {"variance_type": "fixed_small"}, "variance_type = 'fixed_small'") for name in (MULTI, SINGLE, SA)),
+        *((name, {"algorithm_type": "data"}, "algorithm_type = 'data'") for name in (MULTI, SINGLE, DEIS_CLASS, SA)),
+        (SINGLE, {"algorithm_type": "sde-dpmsolver"}, "algorithm_type = 'sde-dpmsolver'"),
+        *((name, {"solver_type": "euler"}, "solver_type = 'euler'") for name in (MULTI, SINGLE, DEIS_CLASS, UNIPC)),
+        *((name, {"final_sigmas_type": "max"}, "final_sigmas_type = 'max'") for name in (MULTI, SINGLE, UNIPC, EDM)),
+        (UNIPC, {"solver_p": "euler"}, "solver_p = 'euler'"),
+        (UNIPC, {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        (UNIPC, {"disable_corrector": "all"}, "disable_corrector = 'all'"),
+        (SA, {"tau_func": "one"}, "tau_func = 'one'"),
+        *((SA, {key: 5}, f"{key} = 5") for key in ("predictor_order", "corrector_order")),
+        (EDM, {"sigma_schedule": "beta"}, "sigma_schedule = 'beta'"),
+        (EDM, {"prediction_type": "sample"}, "prediction_type = 'sample'"),
+        *((EDM, {key: 0.0}, f"{key} = 0.0") for key in ("sigma_min", "sigma_max", "sigma_data", "rho")),
+        *(("TCDScheduler", {key: True}, f"{key} = True") for key in ("clip_sample", "thresholding")),
+        ("LCMScheduler", {"original_inference_steps": 0}, "original_inference_steps = 0"),
     ],
 )
 def test_what_is_not_honoured_is_refused(name: str, options: dict[str, Any], fault: str) -> None:
@@ -91,9 +112,9 @@ def test_a_change_without_effect_is_refused(solver: str | None, option: str) -> 
         read_scheduler(SD15, solver, **{option: True})
 
 
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("ddim", "unclip")])
-def test_eta_is_ddims_alone(solver: str) -> None:
-    with pytest.raises(BadInput, match=f"eta is DDIM's, and this solver is {re.escape(solver)}"):
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("ddim", "tcd", "unclip")])
+def test_eta_is_ddims_and_tcds_alone(solver: str) -> None:
+    with pytest.raises(BadInput, match=rf"^eta is for ddim and tcd, and this solver is {re.escape(solver)}: leave eta out"):
         read_scheduler(SD15, solver).solver(5, eta=0.5)
 
 
@@ -102,7 +123,10 @@ def test_eta_is_ddims_alone(solver: str) -> None:
     [
         ({"beta_start": -0.1}, "beta_start = -0.1 is not honoured"),
         ({"steps_offset": -1}, "steps_offset = -1 is not honoured"),
-        ({"trained_betas": [0.1] * 10}, "10 betas for 1000 training timesteps"),
+        (
+            {"trained_betas": [0.1] * 10},
+            r"^PNDMScheduler options are not honoured: Value error, 10 betas for 1000 training timesteps\.$",
+        ),
     ],
 )
 def test_values_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -110,14 +134,17 @@ def test_values_that_make_no_sense(options: dict[str, Any], message: str) -> Non
         read_scheduler(SD15 | options)
 
 
-@pytest.mark.parametrize(("name", "shown"), [("UniPCMultistepScheduler", "UniPCMultistepScheduler"), (None, r"\(none\)")])
+@pytest.mark.parametrize(("name", "shown"), [("IPNDMScheduler", "IPNDMScheduler"), (None, r"\(none\)")])
 def test_unknown_class(name: str | None, shown: str) -> None:
-    with pytest.raises(BadModel, match=rf"^The scheduler class {shown} is not supported: use one of DDIMScheduler, DDPM"):
+    message = rf"^The scheduler class {shown} is not supported: use one of DDIM, DDPM, .*, UniPCMultistep \(…Scheduler\)\.$"
+    with pytest.raises(BadModel, match=message):
         read_scheduler({"_class_name": name} if name else {})
 
 
 def test_unknown_solver() -> None:
-    with pytest.raises(BadInput, match=r"^There is no solver 'dpm': use one of ddim, ddpm, dpm\+\+2m, euler"):
+    with pytest.raises(
+        BadInput, match=r"^There is no solver 'dpm': use one of ddim, ddpm, deis, dpm\+\+2m, dpm\+\+2m-sde, dpm"
+    ):
         read_scheduler(SD15, "dpm")
 
 
@@ -129,7 +156,9 @@ def test_too_many_steps_or_none(steps: int) -> None:
 
 
 def test_steps_that_the_offset_pushes_over_the_end() -> None:
-    message = r"^1000 steps with leading spacing \(offset 1\) do not fit into 1000 training timesteps: take fewer steps or"
+    message = (
+        r"^1000 steps with leading spacing do not fit into 1000 training timesteps: take fewer steps or another spacing"
+    )
     with pytest.raises(BadInput, match=message):
         read_scheduler(SD15).schedule(1000)
     assert len(read_scheduler(SD15, steps_offset=0, set_alpha_to_one=True).schedule(1000)) == 1000
@@ -137,7 +166,9 @@ def test_steps_that_the_offset_pushes_over_the_end() -> None:
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])
 def test_eta_out_of_range(eta: float) -> None:
-    with pytest.raises(BadInput, match=rf"^DDIM's eta goes from 0 \(deterministic\) to 1 \(DDPM\), got {eta:g}\.$"):
+    with pytest.raises(
+        BadInput, match=rf"^eta goes from 0 \(deterministic\) to 1 \(new noise in every step\), got {eta:g}\.$"
+    ):
         read_scheduler(SD15, "ddim").solver(10, eta=eta)
 
 
@@ -152,34 +183,26 @@ def test_another_solver_takes_what_is_written_not_the_defaults() -> None:
         assert {key: value for key, value in ours.items() if key in theirs} == {
             key: theirs[key] for key in ours if key in theirs
         }
-    assert read_scheduler(SD15, "euler").timestep_spacing == "linspace"
-    assert read_scheduler({**SD15, "timestep_spacing": "leading"}, "euler").timestep_spacing == "leading"
+    assert read_scheduler(SD15, "euler").schedule(5).origin == "euler, linspace"
+    assert read_scheduler({**SD15, "timestep_spacing": "leading"}, "euler").schedule(5).origin == "euler, leading"
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "solver"),
-    [
-        ("ddim", {}, Euler()),
-        ("ddim", {"clip_sample": True, "clip_sample_range": 2.0}, Clipped(Euler(), 2.0, keep_eps=True)),
-        ("ddpm", {}, Euler(1.0)),
-        ("ddpm", {"variance_type": "fixed_large"}, Euler(1.0, "large")),
-        ("euler", {}, Euler()),
-        ("euler-ancestral", {}, Euler(1.0)),
-        ("heun", {}, Heun()),
-        ("heun", {"clip_sample": True}, Clipped(Heun(), 1.0)),
-        ("dpm++2m", {"solver_order": 1}, Euler()),
-        ("dpm++2m", {"solver_type": "heun"}, DPMpp2M("heun")),
-        ("pndm", {"set_alpha_to_one": True}, PLMS()),
-    ],
-)
-def test_solver_of_each_class(name: str, options: dict[str, Any], solver: object) -> None:
-    assert read_scheduler(SD15, name, **options).solver(20) == solver
+@pytest.mark.parametrize("name", having("use_beta_sigmas"))
+def test_one_spacing_at_most(name: str) -> None:
+    with pytest.raises(BadModel, match=rf"^{name} options are .* levels are karras and beta at once\.$"):
+        read_scheduler({"_class_name": name, "use_karras_sigmas": True, "use_beta_sigmas": True})
 
 
-def test_faithful_solvers() -> None:
-    assert isinstance(read_scheduler(SD15, "ddim").solver(20, faithful=True), DiffusersDDIM)
-    assert isinstance(read_scheduler(SD15).solver(20, faithful=True), DiffusersPLMS)
-    assert isinstance(read_scheduler(SD15, skip_prk_steps=False).solver(20), PNDM)
+def test_lu_is_a_spacing_too() -> None:
+    assert read_scheduler({"_class_name": MULTI, "use_lu_lambdas": True}).own_spacing == "lu"
+    with pytest.raises(BadModel, match="levels are exponential and lu at once"):
+        read_scheduler({"_class_name": MULTI, "use_lu_lambdas": True, "use_exponential_sigmas": True})
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [(MULTI, "dpmsolver"), (MULTI, "sde-dpmsolver"), (SINGLE, "dpmsolver")])
+def test_what_extrapolates_noise_ends_above_0(name: str, algorithm: str) -> None:
+    with pytest.raises(BadModel, match=rf"^{name} options .* {algorithm} cannot end at 0: it needs final_sigmas_type = 'si"):
+        read_scheduler({"_class_name": name, "algorithm_type": algorithm})
 
 
 def test_trained_betas_are_the_table() -> None:

@@ -1,0 +1,35 @@
+"""A solver with noise of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.noise import Brownian
+from ..core.solver import Draw, Evaluate, History, Solver
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """``solver`` with the noise of one Brownian path per image, whatever the run's seeds (``noise_sampler_seed``).
+
+    Args:
+        seed: of the first image of a batch; the others count on.
+        sigma_max: the first level of the whole run.
+    """
+
+    solver: Solver
+    seed: int
+    sigma_max: float
+
+    def __call__(
+        self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
+    ) -> tuple[Tensor, History]:
+        """Next x by the inner solver."""
+        path = Brownian(tuple(self.seed + i for i in range(len(x))), self.sigma_max)
+
+        def draw(high: float, low: float) -> Tensor:
+            return path(x.shape, "step", levels=(high, low)).to(x)
+
+        return self.solver(denoise, x, sigma, sigma_next, history, draw)
