@@ -21,9 +21,9 @@ _USER_COMMENT = 0x9286
 
 _A1111_NAMES = {
     "ddim": "DDIM", "ddpm": "DDPM", "deis": "DEIS", "dpm++2m": "DPM++ 2M", "dpm++2m-sde": "DPM++ 2M SDE",
-    "dpm++2s": "DPM++ 2S", "dpm++3m-sde": "DPM++ 3M SDE", "dpm++sde": "DPM++ SDE", "dpm2": "DPM2", "dpm2-ancestral": "DPM2 a",
-    "euler": "Euler", "euler-ancestral": "Euler a", "heun": "Heun", "lcm": "LCM", "lms": "LMS", "pndm": "PLMS",
-    "unipc": "UniPC",
+    "dpm++2s": "DPM++ 2S", "dpm++3m-sde": "DPM++ 3M SDE", "dpm++sde": "DPM++ SDE", "dpm2": "DPM2",
+    "dpm2-ancestral": "DPM2 a", "euler": "Euler", "euler-ancestral": "Euler a", "heun": "Heun", "lcm": "LCM", "lms": "LMS",
+    "pndm": "PLMS", "unipc": "UniPC",
 }  # fmt: skip
 _SPACINGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 

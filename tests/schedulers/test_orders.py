@@ -213,7 +213,7 @@ def test_a_first_order_end_moves_the_error_by_little() -> None:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_unipc_with_bh1_is_an_adams_predictor_and_corrector(order: int) -> None:
-    one, other = UniPC(order, solver_type="bh1"), SASolver(order, order + 1)  # type: ignore[arg-type]
+    one, other = UniPC(order, solver_type="bh1"), SASolver(order, order + 1)
     assert torch.allclose(run(one, karras(9)), run(other, karras(9)), rtol=0, atol=1e-11)
 
 
