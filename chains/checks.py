@@ -15,6 +15,9 @@ from .plan import StagePlan
 from .trace import draws
 from .unheeded import unheeded
 
+DISTILLED = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}
+"""Solvers that take a model distilled for them, and the class that such a checkpoint names."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -70,11 +73,28 @@ def inputs(part: Part) -> Iterator[Said]:
             "give: leave it out.",
         )
     if starts > 100 and run.config.kind == "epsilon":
+        out = "start lower" if _own_levels(part.stage) else "leave rescale_betas_zero_snr out"
         yield (
             "warning",
-            f"at sigma {starts:.4g} a model that predicts noise cannot say what the picture is to be: zero terminal SNR is "
-            "for models that predict v or the picture, leave rescale_betas_zero_snr out.",
+            f"at sigma {starts:.4g} a model that predicts noise cannot say what the picture is to be: levels as high as "
+            f"those of zero terminal SNR are for models that predict v or the picture, {out}.",
         )
+    if getattr(run.config, "clip_sample", False) and "clip_sample" not in {**source.scheduler, **part.stage.scheduler}:
+        yield (
+            "warning",
+            f"{part.stage.solver} clips x0 to a picture's range unless told otherwise, and these are latents, which go "
+            "beyond it: say scheduler = { clip_sample = false }.",
+        )
+    if run.config.name in DISTILLED and source.scheduler.get("_class_name") not in DISTILLED.values():
+        yield (
+            "note",
+            f"{part.stage.solver} is for models that were distilled for it, and nothing says that {part.stage.model} was; "
+            "others come out smooth or garish.",
+        )
+
+
+def _own_levels(stage: Denoising) -> bool:
+    return stage.sigmas is not None or stage.timesteps is not None
 
 
 def ends(part: Part) -> Iterator[Said]:
@@ -91,10 +111,11 @@ def ends(part: Part) -> Iterator[Said]:
             "timestep it will be told: start there.",
         )
     elif starts < 0.5 * part.highest < math.inf and not part.schedule.first and not isinstance(part.stage, ImageToImage):
+        how = "with a higher first level" if _own_levels(part.stage) else 'by more steps or timestep_spacing = "trailing"'
         yield (
             "note" if starts > 0.2 * part.highest else "warning",
             f"it starts from pure noise at sigma {starts:.4g} where training goes to {part.highest:.4g}, and takes some of "
-            'it for a grey picture (arXiv:2305.08891): start higher, by more steps or timestep_spacing = "trailing".',
+            f"it for a grey picture (arXiv:2305.08891): start higher, {how}.",
         )
 
 

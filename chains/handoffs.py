@@ -143,11 +143,12 @@ def nearly_twice(part: Part) -> Iterator[Said]:
         neighbours = [other for other in (*lengths[max(i - 1, 0) : i], *lengths[i + 1 : i + 2]) if other < math.inf]
         if neighbours and length < 0.05 * min(neighbours):
             where = f" where {part.giver} stops" if joined and i == 1 else ""
-            share = f"{length / min(neighbours):.1%}"
+            share = f"{100 * length / min(neighbours):.2g}%"
+            digits = 4 if f"{levels[i]:.4g}" != f"{levels[i + 1]:.4g}" else 8
             yield (
                 "warning",
-                f"it evaluates nearly the same level twice{where}: its step from sigma {levels[i]:.4g} to "
-                f"{levels[i + 1]:.4g} is {share} as long as the shorter one beside it; make the two levels one.",
+                f"it evaluates nearly the same level twice{where}: its step from sigma {levels[i]:.{digits}g} to "
+                f"{levels[i + 1]:.{digits}g} is {share} as long as the shorter one beside it; make the two levels one.",
             )
 
 

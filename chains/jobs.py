@@ -156,7 +156,7 @@ def upscale(
 def _denoised(run: Run, denoiser: Denoiser, start: Latents, hooks: Sequence[Hook], source: NoiseSource | None) -> Latents:
     """The run, its noise from the latents' own seeds, step by step or along one path as the solver has it."""
     if source is None and run.config.brownian:
-        source = Brownian(start.seeds, run.whole.sigmas[0], start.stream)
+        source = Brownian(start.seeds, start.stream)
     return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
 
 

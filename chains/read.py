@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..core.errors import BadChain
+from ..core.errors import BadChain, closest
 from .chain import KINDS, STAGE, Chain, Named, Stage, stage_names
 
 _FILES = ("image", "latents", "mask")
@@ -51,6 +50,7 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
             _everywhere(document, stages, key, value)
     for override in overrides:
         _override(document, stages, override)
+    _make_way_for_levels(document, stages, [override.partition("=")[0].strip() for override in overrides], shared)
     given = {key for key, value in shared.items() if value is not None}
     given |= {override.partition("=")[0].strip().split(".")[-1] for override in overrides}
     return _assemble(document, stages, _Locator(path, text, given))
@@ -62,7 +62,7 @@ def _assemble(shared: dict[str, Any], stages: list[dict[str, Any]], where: _Loca
     for key in shared:
         if key not in own and not any(key in kind.model_fields for kind in kinds):
             known = {*own, *(k for kind in kinds for k in kind.model_fields)}
-            raise where.error(None, key, f"unknown key {key!r}{_closest(key, known)}")
+            raise where.error(None, key, f"unknown key {key!r}{closest(key, known)}")
     full: list[Stage] = []
     for i, (kind, stage) in enumerate(zip(kinds, stages, strict=True)):
         inherited = {key: value for key, value in shared.items() if key in kind.model_fields and key not in own}
@@ -119,6 +119,25 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
         table[last] = value
 
 
+def _make_way_for_levels(
+    document: dict[str, Any], stages: list[dict[str, Any]], overridden: Sequence[str], shared: Mapping[str, object]
+) -> None:
+    """Levels given from outside have a number of steps of their own, whatever the file says."""
+    outside = {key.split(".")[-1] for key in overridden}
+    if not outside & {"sigmas", "timesteps"} or "steps" in outside or shared.get("steps") is not None:
+        return
+    for stage in stages:
+        if {"sigmas", "timesteps"} & {*stage, *document}:
+            stage.pop("steps", None)
+    if {"sigmas", "timesteps"} & document.keys():
+        document.pop("steps", None)
+    elif "steps" in document:  # only some stages have levels of their own
+        steps = document.pop("steps")
+        for stage in stages:
+            if not {"sigmas", "timesteps"} & stage.keys():
+                stage.setdefault("steps", steps)
+
+
 def _find(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
@@ -126,13 +145,8 @@ def _find(source: str | Path) -> Path:
     packaged = packaged_chains()
     if str(source) in packaged:
         return packaged[str(source)]
-    near = _closest(str(source), set(packaged))
+    near = closest(str(source), set(packaged))
     raise BadChain(f"There is no chain file {source}: use a path, or one of {', '.join(packaged)}{near or '.'}")
-
-
-def _closest(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class _Locator:
@@ -149,7 +163,7 @@ class _Locator:
         names = [part for part in parts if not part.startswith("literal[") and part != "Cut"]
         key = names[0] if names else ""
         if first["type"] == "extra_forbidden":
-            message = f"unknown key {names[-1]!r}{_closest(names[-1], set(kind.model_fields))}"
+            message = f"unknown key {names[-1]!r}{closest(names[-1], set(kind.model_fields))}"
         elif first["type"] == "missing":
             message = f"the key {key!r} is needed"
         elif first["type"] == "value_error":

@@ -153,7 +153,16 @@ class PriorDenoiser:
 
 
 def told(timestep: float, x: Tensor) -> Tensor:
-    """A timestep where ``x`` is, filled in there: diffusers would copy a number, and wait for the device to take it."""
+    """A timestep where ``x`` is, filled in there: diffusers would copy a number, and wait for the device to take it.
+
+    Raises:
+        BadInput: the schedule does not know its timesteps.
+    """
+    if math.isnan(timestep):
+        raise BadInput(
+            "This schedule does not know its timesteps, which the network is told: take model.schedule(sigmas=[...]), or "
+            "Schedule.at(levels, schedule.training_sigmas) with those of the model's own."
+        )
     return torch.full((), timestep, dtype=torch.float32, device=x.device)
 
 

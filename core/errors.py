@@ -5,6 +5,8 @@ The command line prints the sentence and leaves with the class's exit code.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -58,3 +60,9 @@ class CannotWrite(UnrolledError):
 
 class Note(UserWarning):
     """Something worth knowing that is no fault; the command line shows it and the manifest keeps it."""
+
+
+def closest(given: str, known: Iterable[str]) -> str:
+    """What may have been meant, to end a sentence with, if something known is like what was given."""
+    near = difflib.get_close_matches(given, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -154,7 +154,7 @@ def _require_same_level(latents: Latents, schedule: Schedule) -> None:
     if schedule and abs(latents.sigma - schedule.sigmas[0]) > 1e-4 * schedule.sigmas[0]:
         raise BadInput(
             f"The latents are at sigma {latents.sigma:.4g} but the schedule starts at {schedule.sigmas[0]:.4g}: "
-            "cut the schedule there (schedule.split(schedule.index(sigma=...))) or add noise to that level."
+            "cut the schedule there (schedule.starting_at(latents.sigma)) or add noise to that level."
         )
 
 

@@ -127,11 +127,16 @@ class GaussianMixture:
         order (scipy's DOP853) in ``asinh(sigma / smallest std)``: log sigma far up, sigma near 0.
 
         Raises:
-            BadInput: a level of 0 where a component is a single picture: solve to a small one and take its x0.
+            BadInput: a level of 0 where a component is a single picture (solve to a small one and take its x0), or one
+                below 0.
         """
         from scipy.integrate import solve_ivp
 
-        if not sigma_next:
+        if min(sigma, sigma_next) < 0.0:
+            raise BadInput(f"Noise levels are 0 or more, got {sigma:g} and {sigma_next:g}.")
+        if sigma == sigma_next:
+            return x
+        if not min(sigma, sigma_next):
             self._require_spread()
         epsilon = GaussianMixture(self.means.cpu(), self.stds.cpu(), self.weights.cpu(), "epsilon")
         scale = float(self.stds.min()) or min(sigma, sigma_next)

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from ..schedulers.classes import Given
 from ..schedulers.config import read_scheduler
+from ..schedulers.spacing import Spacing
 from .denoiser import ConditionalDenoiser, PriorDenoiser, UNetDenoiser, UpscalerDenoiser
+from .errors import BadInput
 from .latents import LatentSpace
 from .prediction import Kind
 from .schedule import Schedule
@@ -83,7 +86,7 @@ class Model:
         steps: int | None = None,
         solver: str | None = None,
         *,
-        spacing: str | None = None,
+        spacing: Spacing | str | None = None,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -93,20 +96,27 @@ class Model:
         """The checkpoint's own noise levels and solver, or those of another diffusers scheduler.
 
         Args:
-            steps: 1 to the number of training timesteps; follows from ``sigmas`` or ``timesteps``.
+            steps: 1 to the number of training timesteps, evaluations as in diffusers; follows from ``sigmas`` or
+                ``timesteps``.
             solver: "euler", "dpm++2m", … to take that scheduler's conventions.
             spacing, sigmas, timesteps: other levels, see :meth:`SchedulerConfig.sampling`.
             eta: DDIM's or TCD's, 0 to 1.
             faithful: repeat what diffusers does even where it is wrong (docs/departures.md).
             options: diffusers' scheduler options, e.g. ``use_karras_sigmas=True``.
 
+        A run of "dpm++sde" is meant for ``steps(..., noise=Brownian(latents.seeds, latents.stream))``.
+
         Raises:
-            BadInput: steps, levels or eta are out of range; BadModel: an option is not honoured.
+            BadInput: steps, levels or eta are out of range, or an option is not honoured; BadModel: one of the file is not.
         """
+        if "prediction_type" in options:
+            raise BadInput(
+                "prediction_type says what the network's output means, which no schedule changes: leave it out, and take "
+                "model.denoiser_of(kind) if the checkpoint's config is wrong."
+            )
         config = read_scheduler(self.scheduler, solver, **options)
-        return config.sampling(
-            steps, spacing=spacing, sigmas=sigmas, timesteps=timesteps, eta=eta, faithful=faithful
-        )  # fmt: skip
+        given: Given = {"spacing": spacing, "sigmas": sigmas, "timesteps": timesteps}
+        return config.sampling(steps, **given, eta=eta, faithful=faithful)
 
     def schedule(self, steps: int | None = None, solver: str | None = None, **options: Any) -> Schedule:
         """The noise levels of :meth:`sampling`, with its arguments."""

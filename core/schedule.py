@@ -18,7 +18,8 @@ class Schedule:
     Args:
         sigmas: n + 1 levels, falling; the last one may be 0.
         timesteps: n training timesteps, what the UNet is told at each of the first n levels.
-        training_sigmas: the level of every training timestep, rising; for levels between the planned.
+        training_sigmas: the level of every training timestep, rising; for levels between the planned. Where the network is
+            told noise levels, the lowest and the highest will do.
         start_std: standard deviation of pure noise at the first level. ``sigmas[0]`` adds it to
             nothing; ``sqrt(1 + sigmas[0]^2)`` is what variance-preserving samplers start from.
         first: index of the first step in the run it was cut from, so that a continued run draws
@@ -123,7 +124,7 @@ class Schedule:
         _within(name, value, 0.0, 1.0)
         if name == "steps_fraction":
             return round(value * high)
-        if not self.training_sigmas:
+        if len(self.training_sigmas) <= 2:
             raise BadInput("This schedule does not know its training timesteps: cut it by step, steps_fraction or sigma.")
         total = len(self.training_sigmas)
         cutoff = round(total - value * total)
@@ -156,7 +157,10 @@ class Schedule:
 
     @classmethod
     def at(cls, sigmas: Sequence[float], training_sigmas: tuple[float, ...] = ()) -> Schedule:
-        """A schedule of your own noise levels; the UNet is told the timesteps of ``training_sigmas`` at each."""
+        """A schedule of your own noise levels; the UNet is told the timesteps of ``training_sigmas`` at each.
+
+        Without them it is for denoisers with a closed form, which look at sigma alone.
+        """
         levels = tuple(float(sigma) for sigma in sigmas)
         return cls(levels, tuple(timestep_of(sigma, training_sigmas) for sigma in levels[:-1]), training_sigmas)
 
@@ -174,9 +178,9 @@ class Schedule:
 
 
 def timestep_of(sigma: float, training_sigmas: tuple[float, ...]) -> float:
-    """Log-linear interpolation of the training timestep at ``sigma``; clamped to the table; 0 without one."""
+    """Log-linear interpolation of the training timestep at ``sigma``; clamped to the table; NaN without one."""
     if not training_sigmas:
-        return 0.0
+        return math.nan
     low = bisect_right(training_sigmas, sigma) - 1
     if low < 0:
         return 0.0

@@ -15,7 +15,7 @@ Evaluate = Callable[[Tensor, float], Prediction]
 
 Draw = Callable[[float, float], Tensor]
 """``(sigma, sigma_next) -> unit noise like x``: the increment of a Brownian motion between two noise levels, brought to
-unit variance. Draws over levels that do not overlap are independent of one another."""
+unit variance. Draws over levels that do not overlap are independent of one another, and so is one that leads up."""
 
 
 @dataclass(frozen=True, repr=False)

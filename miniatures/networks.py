@@ -25,6 +25,7 @@ BETA_START: Final = 0.00085
 BETA_END: Final = 0.012
 SCHEDULER: Final[dict[str, object]] = {
     "_class_name": "DPMSolverMultistepScheduler",
+    "clip_sample": False,  # of no effect for it, but read by DDIM and DDPM, as in the published config
     "_diffusers_version": "0.6.0",
     "beta_end": BETA_END,
     "beta_schedule": "scaled_linear",

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .multistep import Multistep, Row
+from .multistep import Multistep, Row, require_order, to_zero
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -52,8 +52,8 @@ class _EvenGrid:
 @dataclass(frozen=True)
 class _InLogSigma:
     def __call__(self, levels: tuple[float, ...], sigma: float, sigma_next: float) -> Row:
-        if not sigma_next:  # log sigma goes to minus infinity
-            return Row(1.0, (-sigma, *(0.0 for _ in levels[1:])))
+        if not sigma_next:
+            return to_zero("eps", sigma, len(levels))
         logs = tuple(math.log(level) for level in levels)
         # d sigma = sigma d log sigma, counted from the upper end so that nothing overflows.
         return Row(1.0, tuple(sigma_next * w for w in integrals(logs, logs[0], math.log(sigma_next), rate=1.0)))
@@ -63,19 +63,31 @@ def LMS(order: int = 4) -> Multistep:  # noqa: N802
     """Linear multistep (k-diffusion's ``sample_lms``, by Katherine Crowson): the noise, a polynomial in sigma.
 
     On an even grid of sigmas this is Adams–Bashforth. Orders 1 to 4; 1 is Euler's method.
+
+    Raises:
+        BadInput: the order is out of range.
     """
-    return Multistep(_InSigma(), order, "eps")
+    require_order("LMS", order, 4)
+    return Multistep(_InSigma(), order, "eps", name=f"LMS({order})")
 
 
 def IPNDM(order: int = 4) -> Multistep:  # noqa: N802
     """Improved pseudo-numerical method (Zhang & Chen, arXiv:2204.13902, app. H.2): Adams–Bashforth on the noise as if the
-    grid were even, with lower orders for a start, where :class:`PLMS` evaluates once more.
+    grid were even, with lower orders for a start, where :class:`PLMS` evaluates once more. Orders 1 to 4.
+
+    Raises:
+        BadInput: the order is out of range.
     """
-    return Multistep(_EvenGrid(), order, "eps")
+    require_order("IPNDM", order, 4)
+    return Multistep(_EvenGrid(), order, "eps", name=f"IPNDM({order})")
 
 
 def DEIS(order: int = 2, taper: tuple[float, ...] = ()) -> Multistep:  # noqa: N802
     """Diffusion exponential integrator (Zhang & Chen, arXiv:2204.13902, eq. 14–15), log-rho: the noise, a polynomial in
     log sigma. Orders 1 to 4; 1 is Euler's method. A step to 0 is of first order.
+
+    Raises:
+        BadInput: the order is out of range.
     """
-    return Multistep(_InLogSigma(), order, "eps", taper)
+    require_order("DEIS", order, 4)
+    return Multistep(_InLogSigma(), order, "eps", taper, name=f"DEIS({order})")

@@ -41,6 +41,6 @@ class Churned:
         """Next x by the inner solver."""
         if self.gamma and self.low <= sigma <= self.high:
             raised = sigma * (1.0 + self.gamma)
-            x = x.add(noise(raised, sigma), alpha=self.scale * math.sqrt(raised**2 - sigma**2))
+            x = x.add(noise(sigma, raised), alpha=self.scale * math.sqrt(raised**2 - sigma**2))
             sigma = raised
         return self.solver(denoise, x, sigma, sigma_next, history, noise)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, Self, TypedDict, Unpack
@@ -18,7 +17,7 @@ from ..core.prediction import Kind
 from ..core.schedule import Schedule, timestep_of
 from ..core.solver import Solver
 from . import spacing as spacings
-from .spacing import Levels
+from .spacing import Levels, Spacing
 from .training import ZERO_SNR, BetaSchedule, sigmas_of, training_alphas
 
 
@@ -33,10 +32,14 @@ PredictionType = Annotated[Literal["epsilon", "v_prediction", "sample"], renamed
 """The network's, whichever solver is taken: all of ours take all three, where some of diffusers' refuse "sample"."""
 
 
+HIGHEST = 1e7
+"""The highest level of one's own; those of zero terminal SNR are a tenth of it."""
+
+
 class Given(TypedDict, total=False):
     """The ways to give levels; see :meth:`SchedulerConfig.sampling`."""
 
-    spacing: str | None
+    spacing: Spacing | str | None
     sigmas: Sequence[float] | None
     timesteps: Sequence[float] | None
 
@@ -79,7 +82,7 @@ class SchedulerConfig(BaseModel):
         self,
         steps: int | None = None,
         *,
-        spacing: str | None = None,
+        spacing: Spacing | str | None = None,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -90,8 +93,9 @@ class SchedulerConfig(BaseModel):
         Args:
             steps: as diffusers counts; follows from ``sigmas`` or ``timesteps``. The steps of single-step DPM-Solver are
                 fewer, as each takes several of them, and so are those of a run whose last one would be empty.
-            spacing: levels by one of :data:`unrolled.schedulers.spacing.SPACINGS`, over all of training's, instead of the
-                config's.
+            spacing: instead of the config's, levels over all of training's by one of
+                :data:`unrolled.schedulers.spacing.SPACINGS` or a function like those; or timesteps that are "leading",
+                "trailing" or "linspace".
             sigmas: levels of your own, falling; without a 0 at the end they end where this class's do.
             timesteps: training timesteps of your own, falling, fractions allowed.
             eta: DDIM's, 0 (deterministic) to 1 (DDPM), or TCD's gamma.
@@ -103,6 +107,10 @@ class SchedulerConfig(BaseModel):
         """
         if not 0.0 <= eta <= 1.0:
             raise BadInput(f"eta goes from 0 (deterministic) to 1 (new noise in every step), got {eta:g}.")
+        if spacing in ("leading", "trailing", "linspace"):
+            return self._by_timesteps(str(spacing)).sampling(
+                steps, sigmas=sigmas, timesteps=timesteps, eta=eta, faithful=faithful
+            )
         if eta and not self.takes_eta:
             raise BadInput(f"eta is for ddim and tcd, and this solver is {self.name}: leave eta out, or take one of them.")
         told, levels = self._asked(steps, spacing, sigmas, timesteps)
@@ -118,9 +126,9 @@ class SchedulerConfig(BaseModel):
             self.training_sigmas(),
             self._start_std(levels[0]),
             continuous=self.continuous,
-            origin=f"{self.name}, {spacing or listed or self._spacing_name()}",
+            origin=f"{self.name}, {getattr(spacing, '__name__', spacing) or listed or self._spacing_name()}",
         )
-        return self._boundaries(evaluated), self._solver(evaluated, len(told), eta, faithful)
+        return self._boundaries(evaluated, len(told)), self._solver(evaluated, len(told), eta, faithful)
 
     def schedule(self, steps: int | None = None, **levels: Unpack[Given]) -> Schedule:
         """The noise levels of :meth:`sampling`."""
@@ -133,17 +141,24 @@ class SchedulerConfig(BaseModel):
         return self.sampling(steps, eta=eta, faithful=faithful, **levels)[1]
 
     def training_sigmas(self) -> tuple[float, ...]:
-        """sigma of every training timestep; none where the network is told noise levels."""
-        return ()
+        """sigma of every training timestep, or the lowest and the highest where the network is told noise levels."""
+        raise NotImplementedError
+
+    def _by_timesteps(self, spacing: str) -> SchedulerConfig:
+        raise BadInput(f"{self.name} has timesteps of its own: leave spacing = {spacing!r} out.")
 
     def _asked(
-        self, steps: int | None, spacing: str | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None
+        self,
+        steps: int | None,
+        spacing: Spacing | str | None,
+        sigmas: Sequence[float] | None,
+        timesteps: Sequence[float] | None,
     ) -> tuple[Levels, Levels]:
         """What the UNet is told at each level, and the levels, which may be followed by the one where they end."""
         if sum(way is not None for way in (spacing, sigmas, timesteps)) > 1:
             raise BadInput("The levels of a run are given by one of spacing, sigmas and timesteps: leave the others out.")
         if sigmas is not None:
-            levels = _falling("sigmas", sigmas, sys.float_info.max)
+            levels = _falling("sigmas", sigmas, HIGHEST)
             told = self._told(levels if levels[-1] else levels[:-1])
         elif timesteps is not None:
             told = _falling("timesteps", timesteps, self.num_train_timesteps - 1)
@@ -161,29 +176,26 @@ class SchedulerConfig(BaseModel):
             raise BadInput(f"{steps} steps were asked for, but levels for {len(told)} given: leave steps out.")
         return told, levels
 
-    def _levels(self, steps: int, spacing: str | None) -> tuple[Levels, Levels]:
+    def _levels(self, steps: int, spacing: Spacing | str | None) -> tuple[Levels, Levels]:
         name = self.own_spacing if spacing is None else spacing
         if name is None:
             return self._own(steps)
         levels = spacings.named(name, steps, *self._range(steps if spacing is None else None))
         return self._told(levels, name), levels
 
-    def _told(self, levels: Levels, spacing: str | None = None) -> Levels:
+    def _told(self, levels: Levels, spacing: Spacing | str | None = None) -> Levels:
         if self.continuous:
             return [0.25 * math.log(sigma) for sigma in levels]
         table = self.training_sigmas()
         timesteps = [timestep_of(sigma, table) for sigma in levels]
         return [float(round(t)) for t in timesteps] if self._rounds(spacing) else timesteps
 
-    def _rounds(self, spacing: str | None) -> bool:
+    def _rounds(self, spacing: Spacing | str | None) -> bool:
         """Whether diffusers rounds the timesteps that the UNet is told at the levels of a spacing by noise level."""
         return False
 
     def _levels_at(self, timesteps: Levels) -> Levels:
-        table = self.training_sigmas()
-        if not table:
-            raise BadInput(f"{self.name} knows noise levels but no training timesteps: give sigmas instead of timesteps.")
-        return spacings.at_timesteps(timesteps, table)
+        raise BadInput(f"{self.name} knows noise levels but no training timesteps: give sigmas instead of timesteps.")
 
     def _own(self, steps: int) -> tuple[Levels, Levels]:
         raise NotImplementedError
@@ -201,8 +213,8 @@ class SchedulerConfig(BaseModel):
     def _spacing_name(self) -> str:
         return self.own_spacing or "linspace"
 
-    def _boundaries(self, evaluated: Schedule) -> Schedule:
-        """The steps of a run, of all the levels that it evaluates at."""
+    def _boundaries(self, evaluated: Schedule, steps: int) -> Schedule:
+        """The steps of a run, of all the levels that it evaluates at; diffusers plans ``steps`` of those."""
         return evaluated
 
     def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
@@ -245,6 +257,9 @@ class TrainedConfig(SchedulerConfig):
             )
         return timesteps, sigmas
 
+    def _levels_at(self, timesteps: Levels) -> Levels:
+        return spacings.at_timesteps(timesteps, self.training_sigmas())
+
     def _timesteps(self, steps: int) -> Levels:
         raise NotImplementedError
 
@@ -258,6 +273,10 @@ class SpacedConfig(TrainedConfig):
 
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: int = Field(0, ge=0)
+
+    def _by_timesteps(self, spacing: str) -> SchedulerConfig:
+        flags = [name for name in type(self).model_fields if name.startswith("use_")]
+        return self.model_copy(update={"timestep_spacing": spacing} | dict.fromkeys(flags, False))
 
     def _timesteps(self, steps: int) -> Levels:
         return self._spaced(steps)
@@ -277,7 +296,9 @@ def _falling(name: str, given: Sequence[float], highest: float) -> Levels:
     """``given`` as numbers; BadInput unless they begin above 0 and fall strictly, to 0 at the lowest."""
     values = [float(value) for value in given]
     if not values or not 0.0 < values[0] <= highest or not all(a > b >= 0.0 for a, b in pairwise(values)):
-        limit = "" if highest == sys.float_info.max else f" and at most at {highest:g}"
         shown = " ".join(f"{value:g}" for value in values) or "none"
-        raise BadInput(f"The {name} of a run begin above 0{limit} and fall strictly, to 0 at the lowest, got {shown}.")
+        raise BadInput(
+            f"The {name} of a run begin above 0 and at most at {highest:g} and fall strictly, to 0 at the lowest, "
+            f"got {shown}."
+        )
     return values

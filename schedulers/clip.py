@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.errors import BadInput
 from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History, Solver
 
@@ -22,6 +23,10 @@ class Clipped:
     solver: Solver
     limit: float
     keep_eps: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0.0:
+            raise BadInput(f"x0 is clipped to a limit above 0, got {self.limit:g}.")
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -46,6 +51,12 @@ class Thresholded:
     ratio: float = 0.995
     maximum: float = 1.0
     keep_eps: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0 or self.maximum < 1.0:
+            raise BadInput(
+                f"x0 is thresholded at a quantile of 0 to 1, of at most 1 or more, got {self.ratio:g} and {self.maximum:g}."
+            )
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /

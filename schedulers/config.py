@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..core.errors import BadInput, BadModel
+from ..core.errors import BadInput, BadModel, closest
 from . import consistency_classes, multistep_classes, sigma_classes, vp_classes
 from .classes import SchedulerConfig
 
@@ -67,8 +67,15 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
         raise BadModel(f"The scheduler class {name or '(none)'} is not supported: use one of {known} (…Scheduler).")
     named, variant = VARIANTS.get(solver or "", (solver, {}))
     if named is not None and named not in SOLVERS:
-        raise BadInput(f"There is no solver {solver!r}: use one of {', '.join(sorted(SOLVERS | VARIANTS))}.")
+        use = f": use one of {', '.join(sorted(SOLVERS | VARIANTS))}."
+        raise BadInput(f"There is no solver {solver!r}{closest(named, SOLVERS | VARIANTS) or use}")
     kind = SOLVERS[named] if named else _CLASSES[name]
+    edm = sigma_classes.EDMEulerConfig
+    if (kind is edm) != (_CLASSES[name] is edm):
+        raise BadInput(
+            f"{kind.name} cannot stand in for {_CLASSES[name].name}: one is for networks with the preconditioning of EDM, "
+            "the other for those without; take another solver."
+        )
     if foreign := sorted(changes.keys() - kind.model_fields.keys()):
         raise BadInput(f"The solver {kind.name} has no option {', '.join(foreign)}: take another solver or leave it out.")
     if double := sorted(changes.keys() & variant.keys()):
@@ -84,6 +91,8 @@ def read_scheduler(config: Mapping[str, Any], solver: str | None = None, **chang
         return kind(**options)
     except ValidationError as error:
         fault = error.errors()[0]
-        name, option = kind.__name__.replace("Config", "Scheduler"), ".".join(str(part) for part in fault["loc"])
+        option, why = ".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, ")
         what = f"option {option} = {fault['input']!r} is" if option else "options are"
-        raise BadModel(f"{name} {what} not honoured: {fault['msg']}.") from error
+        # Options that only go wrong together are the fault of whoever changed one.
+        wrong = BadInput if option.split(".")[0] in (changes or variant) or (changes and not option) else BadModel
+        raise wrong(f"{kind.__name__.replace('Config', 'Scheduler')} {what} not honoured: {why}.") from error

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ..core.errors import BadInput
-from .multistep import Multistep, Predicts, Row
+from .euler import require_eta
+from .multistep import Multistep, Predicts, Row, require_order, to_zero
 
 SolverType = Literal["midpoint", "heun"]
 
@@ -32,8 +33,9 @@ def taylor(sigma: float, sigma_next: float, predicts: Predicts, tau: float = 0.0
         tau: how stochastic (Xue et al., arXiv:2309.05019, eq. 14): 0 is the ordinary equation, 1 the reverse SDE.
         faithful: diffusers' third order of the SDE, whose curve has 0.5 with the wrong sign.
     """
-    if not sigma_next:  # where only a step of first order can go
-        return Taylor(0.0, 1.0, 0.0, 0.0, 0.0) if predicts == "x0" else Taylor(1.0, -sigma, 0.0, 0.0, 0.0)
+    if not sigma_next:
+        row = to_zero(predicts, sigma, 1)
+        return Taylor(row.x, row.points[0], 0.0, 0.0, 0.0)
     h, more = math.log(sigma / sigma_next), 1.0 + tau**2
     if predicts == "eps":
         fall = sigma - sigma_next
@@ -54,17 +56,18 @@ class _Extrapolating:
     faithful: bool
 
     def __call__(self, levels: tuple[float, ...], sigma: float, sigma_next: float) -> Row:
+        if not sigma_next:
+            return to_zero(self.predicts, sigma, len(levels))
         step = taylor(sigma, sigma_next, self.predicts, self.tau, faithful=self.faithful)
-        logs = [math.log(level) for level in levels]
-        h = logs[0] - math.log(sigma_next) if sigma_next else math.inf
+        logs, h = [math.log(level) for level in levels], math.log(sigma / sigma_next)
         if len(levels) == 1:
             points: tuple[float, ...] = (step.value,)
         elif len(levels) == 2:
             slope = 0.5 * step.value if self.solver_type == "midpoint" else step.slope
-            difference = slope * h / (logs[1] - logs[0]) if sigma_next else 0.0
+            difference = slope * h / (logs[1] - logs[0])
             points = (step.value + difference, -difference)
         else:
-            points = _third_order(step, h, logs) if sigma_next else (step.value, 0.0, 0.0)
+            points = _third_order(step, h, logs)
         return Row(step.x, points, step.noise)
 
 
@@ -102,11 +105,18 @@ def DPMSolver(  # noqa: N802
         faithful: repeat diffusers' wrong sign in the third order of the SDE.
 
     Raises:
-        BadInput: the order is not one of these.
+        BadInput: the order is not one of these, or tau is below 0.
     """
-    if order not in (1, 2, 3):
-        raise BadInput(f"DPM-Solver has orders 1 to 3, got {order}: take one of them, or SASolver up to 4.")
-    return Multistep(_Extrapolating(predicts, tau, solver_type, faithful), order, predicts, taper)
+    require_order("DPM-Solver", order, 3)
+    if tau < 0:
+        raise BadInput(f"tau is 0 (no noise) or more, 1 the reverse SDE, got {tau:g}.")
+    name = f"DPMSolver({order}, {predicts}, tau={tau:g}, {solver_type})"
+    return Multistep(_Extrapolating(predicts, tau, solver_type, faithful), order, predicts, taper, name=name)
+
+
+def _tau(eta: float) -> float:
+    require_eta(eta)
+    return math.sqrt(eta)
 
 
 def DPMpp2M(solver_type: SolverType = "midpoint", taper: tuple[float, ...] = ()) -> Multistep:  # noqa: N802
@@ -121,9 +131,9 @@ def DPMpp3M(taper: tuple[float, ...] = ()) -> Multistep:  # noqa: N802
 
 def DPMpp2MSDE(eta: float = 1.0, solver_type: SolverType = "midpoint") -> Multistep:  # noqa: N802
     """DPM-Solver++(2M) SDE; ``eta`` as in k-diffusion, 0 (ordinary) to 1 (the reverse SDE)."""
-    return DPMSolver(2, tau=math.sqrt(eta), solver_type=solver_type)
+    return DPMSolver(2, tau=_tau(eta), solver_type=solver_type)
 
 
 def DPMpp3MSDE(eta: float = 1.0) -> Multistep:  # noqa: N802
     """DPM-Solver++(3M) SDE (k-diffusion's ``sample_dpmpp_3m_sde``)."""
-    return DPMSolver(3, tau=math.sqrt(eta), solver_type="heun")
+    return DPMSolver(3, tau=_tau(eta), solver_type="heun")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.solver import Draw, Evaluate, History
-from .renoise import ancestral_noise
+from .euler import ancestral_noise, require_eta
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class DPMppSDE:
     """
 
     eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_eta(self.eta)
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /

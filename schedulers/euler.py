@@ -14,6 +14,19 @@ from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History
 
 
+def require_eta(eta: float) -> None:
+    """Raise BadInput unless eta is 0 to 1."""
+    if not 0.0 <= eta <= 1.0:
+        raise BadInput(f"eta goes from 0 (deterministic) to 1 (ancestral), got {eta:g}.")
+
+
+def ancestral_noise(sigma: float, sigma_next: float, eta: float = 1.0) -> float:
+    """The standard deviation of what an ancestral step adds: the posterior's (Ho et al., arXiv:2006.11239, eq. 7), or a part
+    of it by DDIM's eta (Song et al., arXiv:2010.02502, eq. 16).
+    """
+    return min(sigma_next, eta * sigma_next * math.sqrt(1.0 - (sigma_next / sigma) ** 2))
+
+
 @dataclass(frozen=True)
 class Euler:
     """One evaluation per step: along the noise estimate to ``sigma_down``, then ``sigma_up`` of new noise.
@@ -34,8 +47,7 @@ class Euler:
     variance: Literal["small", "large", "learned"] = "small"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.eta <= 1.0:
-            raise BadInput(f"eta goes from 0 (deterministic) to 1 (ancestral), got {self.eta:g}.")
+        require_eta(self.eta)
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -46,7 +58,7 @@ class Euler:
             return prediction.x0.clone(), ()
         if not self.eta:
             return prediction.x0.add(prediction.eps, alpha=sigma_next), ()
-        small = self.eta * sigma_next * (1.0 - (sigma_next / sigma) ** 2) ** 0.5
+        small = ancestral_noise(sigma, sigma_next, self.eta)
         down = (sigma_next**2 - small**2) ** 0.5
         mean = prediction.x0.add(prediction.eps, alpha=down)
         if self.variance == "small":

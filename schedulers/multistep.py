@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ..core.errors import BadInput
 from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History, Past
 
@@ -30,7 +31,19 @@ For a predictor the newest point lies at sigma, for a corrector at sigma_next.
 """
 
 
-@dataclass(frozen=True)
+def to_zero(predicts: Predicts, sigma: float, points: int) -> Row:
+    """The step from ``sigma`` to 0 of a method that works in log sigma, where only one of first order can go: to x0."""
+    rest = (0.0,) * (points - 1)
+    return Row(0.0, (1.0, *rest)) if predicts == "x0" else Row(1.0, (-sigma, *rest))
+
+
+def require_order(method: str, order: int, most: int) -> None:
+    """Raise BadInput unless the order is 1 to ``most``."""
+    if not 1 <= order <= most:
+        raise BadInput(f"{method} has orders 1 to {most}, got {order}: take one of them.")
+
+
+@dataclass(frozen=True, repr=False)
 class Multistep:
     """A linear multistep method, with or without a corrector; one evaluation a step.
 
@@ -47,6 +60,7 @@ class Multistep:
             cannot end at 0 otherwise.
         corrector: its weights, and ``corrector_points`` how many points it takes.
         uncorrected: levels at which it is left out.
+        name: for people.
     """
 
     weights: Weights
@@ -56,6 +70,10 @@ class Multistep:
     corrector: Weights | None = None
     corrector_points: int = 0
     uncorrected: tuple[float, ...] = ()
+    name: str = field(default="Multistep", compare=False)
+
+    def __repr__(self) -> str:
+        return self.name
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
@@ -64,6 +82,7 @@ class Multistep:
         here = denoise(x, sigma)
         if self.corrector is not None and history and sigma not in self.uncorrected:
             x = self._corrected(self.corrector, here, x, sigma, history)
+        # The last ones of the history, newest first.
         points: tuple[Prediction | Past, ...] = (here, *history[: -self._points(sigma_next, len(history) + 1) : -1])
         row = self.weights(tuple(point.sigma for point in points), sigma, sigma_next)
         x_next = x * row.x

@@ -16,10 +16,20 @@ from .adams import DEIS
 from .classes import SpacedConfig, TrainedConfig, renamed
 from .dpm import DPMSolver
 from .multistep import Predicts
-from .options import FinalSigmas, Flow, LambdaClipped, ShiftedFlow, SigmaSpaced, SolverType, Thresholding, bounded
+from .options import (
+    FinalSigmas,
+    Flow,
+    LambdaClipped,
+    ShiftedFlow,
+    SigmaRange,
+    SigmaSpaced,
+    SolverType,
+    Thresholding,
+    bounded,
+)
 from .sa import SASolver, Tau, TauBetween
 from .singlestep import Singlestep
-from .spacing import Levels
+from .spacing import Levels, Spacing
 from .unipc import UniPC
 
 _ALGORITHMS: dict[str, tuple[Predicts, float]] = {
@@ -33,7 +43,7 @@ class ExponentialConfig(SigmaSpaced, TrainedConfig, Thresholding):
 
     snr_floor: ClassVar[float] = 2.0**-24
 
-    def _rounds(self, spacing: str | None) -> bool:
+    def _rounds(self, spacing: Spacing | str | None) -> bool:
         return spacing == "karras"
 
 
@@ -85,14 +95,15 @@ class DPMSolverMultistepConfig(DPMOptions, MultistepConfig):
     def _flagged(self) -> list[str]:
         return super()._flagged() + ["lu"] * self.use_lu_lambdas
 
-    def _rounds(self, spacing: str | None) -> bool:
+    def _rounds(self, spacing: Spacing | str | None) -> bool:
         return spacing in ("karras", "lu") and self.beta_schedule != "squaredcos_cap_v2"
 
     def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
         """DPM-Solver of the configured order and kind."""
         predicts, tau = _ALGORITHMS[self.algorithm_type]
         taper = self._taper(evaluated, steps) if steps < 15 else ()
-        taper = taper or ((evaluated.sigmas[-1],) if self.euler_at_final else ())
+        if self.euler_at_final and len(evaluated) == steps:  # else diffusers' last step is an empty one
+            taper = taper or (evaluated.sigmas[-1],)
         solver = DPMSolver(
             self.solver_order, predicts=predicts, tau=tau, solver_type=self.solver_type, taper=taper, faithful=faithful
         )
@@ -111,8 +122,10 @@ class DPMSolverSinglestepConfig(DPMOptions):
     def _timesteps(self, steps: int) -> Levels:
         return spacings.linspace(steps, self.num_train_timesteps - self._clipped(), extra=1)
 
-    def _boundaries(self, evaluated: Schedule) -> Schedule:
-        at = [0, *accumulate(self._blocks(len(evaluated), to_zero=not evaluated.sigmas[-1]))]
+    def _boundaries(self, evaluated: Schedule, steps: int) -> Schedule:
+        blocks = self._blocks(steps, to_zero=not evaluated.sigmas[-1])
+        blocks[-1] -= steps - len(evaluated)  # of an empty last step
+        at = [0, *accumulate(block for block in blocks if block)]
         levels, timesteps = evaluated.sigmas, evaluated.timesteps
         inside = tuple((levels[i], timesteps[i]) for i in range(len(evaluated)) if i not in at)
         starts = tuple(timesteps[i] for i in at[:-1])
@@ -159,7 +172,7 @@ class DEISMultistepConfig(MultistepConfig, ShiftedFlow):
         return bounded(DEIS(self.solver_order, self._taper(evaluated, steps) if steps < 15 else ()), self)
 
 
-class UniPCMultistepConfig(MultistepConfig, ShiftedFlow):
+class UniPCMultistepConfig(MultistepConfig, ShiftedFlow, SigmaRange):
     """``UniPCMultistepScheduler``."""
 
     name: ClassVar[str] = "unipc"
@@ -171,8 +184,6 @@ class UniPCMultistepConfig(MultistepConfig, ShiftedFlow):
     disable_corrector: list[int] = Field(default_factory=list)
     solver_p: None = None
     final_sigmas_type: FinalSigmas = "zero"
-    sigma_min: float | None = Field(None, gt=0.0)
-    sigma_max: float | None = Field(None, gt=0.0)
     shift_terminal: None = None
 
     def _range(self, steps: int | None) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ..core.solver import Solver
-from .classes import SchedulerConfig, TrainedConfig, renamed
+from .classes import HIGHEST, SchedulerConfig, TrainedConfig, renamed
 from .clip import Clipped, Thresholded
 
 FinalSigmas = Literal["zero", "sigma_min"]
@@ -42,6 +42,19 @@ class SigmaSpaced(SchedulerConfig):
             "beta": self.use_beta_sigmas,
         }
         return [name for name, flag in flags.items() if flag]
+
+
+class SigmaRange(SchedulerConfig):
+    """The range of a spacing by noise level, instead of the class's own."""
+
+    sigma_min: float | None = Field(None, gt=0.0)
+    sigma_max: float | None = Field(None, gt=0.0, le=HIGHEST)
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min:g} is not below sigma_max = {self.sigma_max:g}")
+        return self
 
 
 class Thresholding(BaseModel):

@@ -12,7 +12,7 @@ from ..core.errors import BadInput
 from ..core.prediction import Prediction
 from ..core.schedule import timestep_of
 from ..core.solver import Draw, Evaluate, History, Solver
-from .euler import Euler
+from .euler import Euler, ancestral_noise, require_eta
 
 
 class Down(Protocol):
@@ -50,6 +50,9 @@ class Ancestral:
 
     eta: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_eta(self.eta)
+
     def __call__(self, sigma: float, sigma_next: float, /) -> float:
         """The level."""
         up = ancestral_noise(sigma, sigma_next, self.eta)
@@ -79,11 +82,6 @@ class Strategic:
         return self.training_sigmas[math.floor((1.0 - self.gamma) * round(timestep, 6) + 1e-6)] if timestep else sigma_next
 
 
-def ancestral_noise(sigma: float, sigma_next: float, eta: float = 1.0) -> float:
-    """The standard deviation of what an ancestral step adds; DDIM's eta (Song et al., arXiv:2010.02502, eq. 16)."""
-    return min(sigma_next, eta * sigma_next * math.sqrt(1.0 - (sigma_next / sigma) ** 2))
-
-
 SolverT = TypeVar("SolverT", bound=Solver)
 
 
@@ -93,8 +91,7 @@ def ancestral(solver: SolverT, eta: float = 1.0) -> SolverT | Renoised:
     Raises:
         BadInput: eta is out of range.
     """
-    if not 0.0 <= eta <= 1.0:
-        raise BadInput(f"eta goes from 0 (deterministic) to 1 (ancestral), got {eta:g}.")
+    require_eta(eta)
     return Renoised(solver, Ancestral(eta)) if eta else solver
 
 

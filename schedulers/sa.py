@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..core.errors import BadInput
 from .adams import integrals
-from .multistep import Multistep, Predicts, Row
+from .multistep import Multistep, Predicts, Row, to_zero
 
 Tau = float | Callable[[float], float]
 """How stochastic, or how stochastic at a noise level: 0 is the ordinary equation, 1 the reverse SDE."""
@@ -53,9 +53,12 @@ def SASolver(  # noqa: N802
     for name, order, least in (("predictor", predictor_order, 1), ("corrector", corrector_order, 0)):
         if not least <= order <= 4:
             raise BadInput(f"SA-Solver's {name} takes {least} to 4 points, got {order}.")
+    if not callable(tau) and tau < 0:
+        raise BadInput(f"tau is 0 (no noise) or more, 1 the reverse SDE, got {tau:g}.")
     weights = _StochasticAdams(tau, predicts)
     corrector = weights if corrector_order else None
-    return Multistep(weights, predictor_order, predicts, taper, corrector, corrector_order)
+    name = f"SASolver({predictor_order}, {corrector_order}, tau={tau}, {predicts})"
+    return Multistep(weights, predictor_order, predicts, taper, corrector, corrector_order, name=name)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,7 @@ class _StochasticAdams:
 
     def __call__(self, levels: tuple[float, ...], sigma: float, sigma_next: float) -> Row:
         if not sigma_next:
-            rest = (0.0,) * (len(levels) - 1)
-            return Row(0.0, (1.0, *rest)) if self.predicts == "x0" else Row(1.0, (-sigma, *rest))
+            return to_zero(self.predicts, sigma, len(levels))
         tau = self.tau(sigma) if callable(self.tau) else self.tau
         more, h = 1.0 + tau**2, math.log(sigma / sigma_next)
         places = tuple(-math.log(level) for level in levels)

@@ -11,14 +11,14 @@ from ..core.schedule import Schedule
 from ..core.solver import Solver
 from . import spacing as spacings
 from .adams import LMS
-from .classes import SchedulerConfig, SpacedConfig
+from .classes import HIGHEST, SpacedConfig
 from .dpmpp_sde import DPMppSDE
 from .euler import Euler
 from .heun import Heun
-from .options import Clipping, FinalSigmas, SigmaSpaced, bounded
+from .options import Clipping, FinalSigmas, SigmaRange, SigmaSpaced, bounded
 from .seeded import Seeded
 from .singlestep import DPM2
-from .spacing import Levels
+from .spacing import Levels, Spacing
 
 
 class SigmaConfig(SpacedConfig):
@@ -43,13 +43,11 @@ class SigmaConfig(SpacedConfig):
         return super()._start_std(sigma) if self.timestep_spacing == "leading" else sigma
 
 
-class EulerDiscreteConfig(SigmaConfig, SigmaSpaced):
+class EulerDiscreteConfig(SigmaConfig, SigmaSpaced, SigmaRange):
     """``EulerDiscreteScheduler``."""
 
     name: ClassVar[str] = "euler"
     interpolation_type: Literal["linear", "log_linear"] = "linear"
-    sigma_min: float | None = Field(None, gt=0.0)
-    sigma_max: float | None = Field(None, gt=0.0)
     timestep_type: Literal["discrete", "continuous"] = "discrete"
     final_sigmas_type: FinalSigmas = "zero"
 
@@ -122,7 +120,7 @@ class KDPM2DiscreteConfig(SecondOrderConfig):
 
     name: ClassVar[str] = "dpm2"
 
-    def _rounds(self, spacing: str | None) -> bool:
+    def _rounds(self, spacing: Spacing | str | None) -> bool:
         return spacing == "karras"
 
     def _solver(self, evaluated: Schedule, steps: int, eta: float, faithful: bool) -> Solver:
@@ -151,20 +149,20 @@ class DPMSolverSDEConfig(SecondOrderConfig):
         """DPM-Solver++ SDE, with noise of its own if it has a seed."""
         if self.noise_sampler_seed is None:
             return DPMppSDE()
-        return Seeded(DPMppSDE(), self.noise_sampler_seed, evaluated.sigmas[0])
+        return Seeded(DPMppSDE(), self.noise_sampler_seed)
 
 
-class EDMEulerConfig(SchedulerConfig):
+class EDMEulerConfig(SigmaRange):
     """``EDMEulerScheduler``: the noise levels and preconditioning of Karras et al., arXiv:2206.00364, table 1."""
 
     name: ClassVar[str] = "edm-euler"
     scales_input: ClassVar[bool] = True
     sigma_min: float = Field(0.002, gt=0.0)
-    sigma_max: float = Field(80.0, gt=0.0)
+    sigma_max: float = Field(80.0, gt=0.0, le=HIGHEST)
     sigma_data: float = Field(0.5, gt=0.0)
     sigma_schedule: Literal["karras", "exponential"] = "karras"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    rho: float = Field(7.0, gt=0.0)
+    rho: float = Field(7.0, ge=0.1)
     final_sigmas_type: FinalSigmas = "zero"
 
     @property
@@ -176,6 +174,10 @@ class EDMEulerConfig(SchedulerConfig):
     def continuous(self) -> bool:
         """The UNet is told ``ln(sigma) / 4``."""
         return True
+
+    def training_sigmas(self) -> tuple[float, ...]:
+        """The lowest and the highest."""
+        return self.sigma_min, self.sigma_max
 
     def _own(self, steps: int) -> tuple[Levels, Levels]:
         low, high = self._range(steps)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..core.errors import BadInput
 from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History
 from .dpm import SolverType, Taylor, taylor
-from .multistep import Predicts
+from .multistep import Predicts, require_order
 from .renoise import Renoised, ancestral
 
 
@@ -32,15 +31,14 @@ class Singlestep:
     """
 
     order: int = 2
-    levels: tuple[float, ...] = ()
+    levels: tuple[float, ...] = field(default=(), repr=False)
     predicts: Predicts = "x0"
     tau: float = 0.0
     solver_type: SolverType = "midpoint"
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3):
-            raise BadInput(f"Single-step DPM-Solver has orders 1 to 3, got {self.order}: take one of them.")
+        require_order("Single-step DPM-Solver", self.order, 3)
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, closest
 
 Levels = list[float]
+
+Spacing = Callable[[int, float, float], Levels]
+"""``(steps, sigma_min, sigma_max) -> levels``, falling from sigma_max; a run goes on from the last to its own end."""
 
 # --- training timesteps
 
@@ -80,7 +83,7 @@ def beta(steps: int, sigma_min: float, sigma_max: float, a: float = 0.6, b: floa
 
     Over sigma, as diffusers has it; the paper and ComfyUI take them over training time.
     """
-    from scipy.special import betaincinv  # imported here because it is slow to, and nothing else needs scipy
+    from scipy.special import betaincinv  # imported here because it is slow to
 
     quantiles = betaincinv(a, b, np.linspace(1, 0, steps))
     return _pinned(sigma_min + quantiles * (sigma_max - sigma_min), sigma_min, sigma_max)
@@ -137,7 +140,7 @@ def linear_quadratic(steps: int, sigma_max: float, threshold: float = 0.025, lin
     return [sigma_max * (1.0 - part) for part in gone]
 
 
-SPACINGS: dict[str, Callable[[int, float, float], Levels]] = {
+SPACINGS: dict[str, Spacing] = {
     "align-your-steps": align_your_steps,
     "align-your-steps-svd": lambda steps, low, high: align_your_steps(steps, low, high, "svd"),
     "align-your-steps-xl": lambda steps, low, high: align_your_steps(steps, low, high, "sdxl"),
@@ -149,14 +152,18 @@ SPACINGS: dict[str, Callable[[int, float, float], Levels]] = {
     "lu": exponential,
     "polyexponential": polyexponential,
 }
-"""``(steps, sigma_min, sigma_max) -> levels`` by the names of chain files."""
+"""By the names of chain files."""
 
 
-def named(name: str, steps: int, sigma_min: float, sigma_max: float) -> Levels:
-    """The levels of a spacing in :data:`SPACINGS`; BadInput if there is none of that name."""
-    if name not in SPACINGS:
-        raise BadInput(f"There is no spacing {name!r}: use one of {', '.join(SPACINGS)}, or sigmas of your own.")
-    return SPACINGS[name](steps, sigma_min, sigma_max)
+def named(spacing: Spacing | str, steps: int, sigma_min: float, sigma_max: float) -> Levels:
+    """The levels of a spacing in :data:`SPACINGS`, or of one's own; BadInput if there is none of that name."""
+    if callable(spacing):
+        return spacing(steps, sigma_min, sigma_max)
+    if spacing not in SPACINGS:
+        known = [*SPACINGS, "leading", "trailing", "linspace"]
+        use = f": use one of {', '.join(known)}, or sigmas of your own."
+        raise BadInput(f"There is no spacing {spacing!r}{closest(spacing, known) or use}")
+    return SPACINGS[spacing](steps, sigma_min, sigma_max)
 
 
 def _pinned(levels: np.ndarray, sigma_min: float, sigma_max: float) -> Levels:

@@ -9,8 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..core.errors import BadInput
-from .multistep import Multistep, Predicts, Row
+from .multistep import Multistep, Predicts, Row, require_order, to_zero
 
 UniPCType = Literal["bh1", "bh2"]
 
@@ -36,8 +35,7 @@ def UniPC(  # noqa: N802
     Raises:
         BadInput: the order is not one of these.
     """
-    if order not in (1, 2, 3):
-        raise BadInput(f"UniPC has orders 1 to 3, got {order}: take one of them.")
+    require_order("UniPC", order, 3)
     return Multistep(
         _Unified(solver_type, predicts, corrects=False),
         order,
@@ -46,6 +44,7 @@ def UniPC(  # noqa: N802
         _Unified(solver_type, predicts, corrects=True),
         order + 1,
         uncorrected,
+        name=f"UniPC({order}, {solver_type}, {predicts})",
     )
 
 
@@ -59,8 +58,7 @@ class _Unified:
 
     def __call__(self, levels: tuple[float, ...], sigma: float, sigma_next: float) -> Row:
         if not sigma_next:
-            rest = (0.0,) * (len(levels) - 1)
-            return Row(0.0, (1.0, *rest)) if self.predicts == "x0" else Row(1.0, (-sigma, *rest))
+            return to_zero(self.predicts, sigma, len(levels))
         h = math.log(sigma / sigma_next)
         new = levels[:1] if self.corrects else ()
         before = levels[len(new) + 1 :]

@@ -1,6 +1,8 @@
 """Every finding of a plan: the chain that has it, what is said, and a chain beside it of which it must not be said."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,13 +107,23 @@ HANDOFFS = {
     ),
     "nearly the same level twice": (
         split(rest="sigmas = [14, 1.93, 1, 0.5, 0]", base="steps = 10", shared='solver = "euler"\n# steps'),
-        "warning", r"the same level twice where 'base' stops: its step from sigma 1\.95\d* to 1\.93 is \d\.\d% as",
+        "warning", r"the same level twice where 'base' stops: its step from sigma 1\.95\d* to 1\.93 is [\d.]+% as",
         split(rest="sigmas = [14, 1.5, 1, 0.5, 0]", base="steps = 10", shared='solver = "euler"\n# steps'),
     ),
     "nearly the same level twice, in one stage": (
         paint(EULER, "sigmas = [14, 5, 4.98, 2, 0]"),
-        "warning", r"nearly the same level twice: its step from sigma 5 to 4\.98 is 0\.4% as long as the shorter",
+        "warning", r"nearly the same level twice: its step from sigma 5 to 4\.98 is 0\.44% as long as the shorter",
         paint(EULER, "sigmas = [14, 5, 4, 2, 0]"),
+    ),
+    "levels that print alike": (
+        paint(EULER, "sigmas = [14, 5, 4.9999, 2, 0]"),
+        "warning", r"its step from sigma 5 to 4\.9999 is 0\.0022% as long",
+        paint(EULER, "sigmas = [14, 5, 4, 2, 0]"),
+    ),
+    "a solver of distilled models": (
+        paint('solver = "lcm"', "steps = 4"),
+        "note", r"lcm is for models that were distilled for it, and nothing says that sd-1\.5 was",
+        paint(EULER, "steps = 4"),
     ),
     "half steps": (
         split(shared='solver = "heun"\nfaithful = true'),
@@ -200,6 +212,17 @@ def test_what_is_found_and_where_not(case: str, folder: Path, shelf: Shelf) -> N
     said = found(folder, wrong, shelf)
     assert [f.severity for f in said if re.search(sentence, f.sentence)] == [severity], said
     assert not [f for f in found(folder, right, shelf) if re.search(sentence, f.sentence) or f.severity == "error"]
+
+
+def test_latents_are_not_clipped_to_a_pictures_range_unawares(folder: Path, tiny_folder: Path, shelf: Shelf) -> None:
+    """DDIM clips by default, and a checkpoint made with another scheduler may not say that it must not."""
+    model = shutil.copytree(tiny_folder, folder / "silent")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "clip_sample"}))
+    message = "ddim clips x0 to a picture's range unless told otherwise"
+    for lines, warned in ((("steps = 4",), True), (("scheduler = { clip_sample = false }",), False)):
+        said = found(folder, paint('solver = "ddim"', f'model = "{model}"', *lines), shelf)
+        assert any(message in f.sentence and f.severity == "warning" for f in said) == warned
 
 
 @pytest.mark.parametrize("name", packaged_chains())

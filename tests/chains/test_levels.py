@@ -59,7 +59,10 @@ def test_a_chain_made_in_python_or_read_back_says_the_same(sigmas: list[float]) 
         ("sigmas = [5, 1]\nsteps = 3", r"3 steps were asked for, but levels for 2 given: leave steps out\.$"),
         ("timesteps = [5, 1]\nsteps = 3", r"3 steps were asked for, but levels for 2 given: leave steps out\.$"),
         ('spacing = "beta"\nsigmas = [5, 1]', r"given by one of spacing, sigmas and timesteps: leave the others out\.$"),
-        ("sigmas = []", r"The sigmas of a run begin above 0 and fall strictly, to 0 at the lowest, got none\.$"),
+        (
+            "sigmas = []",
+            r"The sigmas of a run begin above 0 and at most at 1e\+07 and fall strictly, to 0 at the lowest, got none\.$",
+        ),
         ("sigmas = [0]", r"The sigmas of a run begin above 0 .* got 0\.$"),
         ("timesteps = [1000, 3]", r"The timesteps of a run begin above 0 and at most at 999 .* got 1000 3\.$"),
         ("sigmas = [nan]", r"finite number"),

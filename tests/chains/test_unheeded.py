@@ -114,8 +114,8 @@ UNHEEDED = {
         paint(TWO_M, 'scheduler = { lower_order_final = false, final_sigmas_type = "sigma_min" }', "steps = 10"),
     ),
     "a range that nothing is clipped to": (
-        paint(DDIM, "scheduler = { clip_sample = false, clip_sample_range = 2.0 }"),
-        r"scheduler\.clip_sample_range = 2\.0 has no effect beside scheduler\.clip_sample = false",
+        paint(DDIM, "scheduler = { clip_sample_range = 2.0 }"),
+        r"scheduler\.clip_sample_range = 2\.0 has no effect beside the checkpoint.s own clip_sample = false",
         paint(DDIM, "scheduler = { clip_sample = true, clip_sample_range = 2.0 }"),
     ),
     "one that the checkpoint has decided": (

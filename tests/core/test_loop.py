@@ -15,7 +15,8 @@ from unrolled.core.prediction import Prediction
 from unrolled.core.schedule import Schedule
 from unrolled.core.solver import Draw, Evaluate, History, Past
 
-SCHEDULE = Schedule((8.0, 4.0, 2.0, 1.0, 0.0), (900.0, 600.0, 300.0, 100.0))
+TABLE = tuple(0.01 * 1.007**i for i in range(1000))
+SCHEDULE = Schedule((8.0, 4.0, 2.0, 1.0, 0.0), (900.0, 600.0, 300.0, 100.0), TABLE)
 
 
 def euler(

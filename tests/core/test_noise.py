@@ -71,7 +71,7 @@ def test_diffusers_noise_takes_one_generator_for_a_batch() -> None:
 
 
 def test_a_brownian_path_adds_up_and_refining_it_changes_nothing() -> None:
-    path, shape = Brownian((5,), sigma_max=14.6), (1, 4, 16, 16)
+    path, shape = Brownian((5,)), (1, 4, 16, 16)
 
     def increment(high: float, low: float) -> torch.Tensor:
         return path(shape, "step", levels=(high, low)) * math.sqrt(high - low)
@@ -80,25 +80,36 @@ def test_a_brownian_path_adds_up_and_refining_it_changes_nothing() -> None:
     assert torch.allclose(increment(3.0, 0.1), parts, atol=1e-5)
 
 
-@pytest.mark.parametrize(("high", "low"), [(14.6, 10.0), (1.0, 0.5), (0.0301, 0.03), (0.5, 0.0)])
+@pytest.mark.parametrize(("high", "low"), [(4096.0, 700.0), (14.6, 10.0), (1.0, 0.5), (0.0301, 0.03), (0.5, 0.0)])
 def test_its_increments_are_unit_normal_whatever_the_levels(high: float, low: float) -> None:
-    draw = Brownian((5, 6), sigma_max=14.6)((2, 4, 64, 64), "step", levels=(high, low))
+    draw = Brownian((5, 6))((2, 4, 64, 64), "step", levels=(high, low))
     assert draw.dtype == torch.float32
     assert abs(float(draw.mean())) < 0.02
     assert abs(float(draw.std()) - 1) < 0.02
 
 
 def test_increments_over_levels_that_do_not_overlap_are_independent() -> None:
-    path, shape = Brownian((5,), sigma_max=14.6), (1, 4, 64, 64)
+    path, shape = Brownian((5,)), (1, 4, 64, 64)
     one, other = (path(shape, "step", levels=levels) for levels in ((1.0, 0.5), (0.5, 0.2)))
     assert abs(float((one * other).mean())) < 0.03
 
 
-def test_a_path_belongs_to_a_seed_and_a_stream_and_is_asked_at_its_own_levels() -> None:
+def test_a_path_belongs_to_a_seed_and_a_stream_and_only_steps_down_follow_it() -> None:
     shape, levels = (4, 8, 8), (1.0, 0.5)
-    together = Brownian((3, 1), 5.0)((2, *shape), "step", levels=levels)
-    assert torch.equal(Brownian((1,), 5.0)((1, *shape), "step", levels=levels)[0], together[1])
-    assert not torch.equal(Brownian((1,), 5.0, "other")((1, *shape), "step", levels=levels)[0], together[1])
-    assert torch.equal(Brownian((1,), 5.0)((1, *shape), "latents"), Noise((1,))((1, *shape), "latents"))
-    with pytest.raises(BadInput, match=r"A Brownian path from sigma 5 was asked at 6: begin it there\."):
-        Brownian((1,), 5.0)((1, *shape), "step", levels=(6.0, 1.0))
+    together = Brownian((3, 1))((2, *shape), "step", levels=levels)
+    assert torch.equal(Brownian((1,))((1, *shape), "step", levels=levels)[0], together[1])
+    assert not torch.equal(Brownian((1,), "other")((1, *shape), "step", levels=levels)[0], together[1])
+    assert torch.equal(Brownian((1,))((1, *shape), "latents"), Noise((1,))((1, *shape), "latents"))
+    up = Brownian((1,))((1, *shape), "step", 3, 1, levels=(0.5, 1.0))
+    assert torch.equal(up, Noise((1,))((1, *shape), "step", 3, 1))
+    assert not torch.equal(up[0], together[1])
+
+
+def test_what_a_path_remembers_changes_nothing() -> None:
+    path, shape = Brownian((5,)), (1, 4, 8, 8)
+    pairs = [(8.0, 3.0), (3.0, 1.0), (1.0, 0.2), (0.2, 0.05), (8.0, 3.0)]
+    for levels in pairs:
+        assert torch.equal(path(shape, "step", levels=levels), Brownian((5,))(shape, "step", levels=levels))
+    assert len(path._known) <= 4
+    with pytest.raises(BadInput, match="Noise for 2 images was asked of 1 seeds"):
+        path((2, 4, 8, 8), "step", levels=(8.0, 3.0))

@@ -34,18 +34,18 @@ def x0_of(x: Tensor, sigma: Tensor) -> Tensor:
 
 def path(sigma: float) -> Tensor:
     """Stands for a Brownian motion over sigma: its increments are as large, and it is a formula."""
-    return sigma**0.5 * torch.sin(5.0 * torch.tensor(sigma, dtype=torch.float64).log() + CELLS)
+    return torch.sin(5.0 * torch.tensor(sigma, dtype=torch.float64).log() + CELLS).mul(sigma**0.5)
 
 
 def unit_noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """The path's increment, brought to unit variance."""
     high, low = float(sigma), float(sigma_next)
-    return (path(high) - path(low)) / abs(high - low) ** 0.5
+    return (path(high) - path(low)).div(abs(high - low) ** 0.5)
 
 
 def churn_noise(step: int) -> Tensor:
     """The noise of a churned step."""
-    return torch.sin(3.0 * step + CELLS) * 2.0**0.5
+    return torch.sin(3.0 * step + CELLS).mul(2.0**0.5)
 
 
 CHURN = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 8.0, "s_noise": 1.01}
@@ -118,7 +118,6 @@ def main(wheel: Path) -> None:
         "karras, rho 5": k.get_sigmas_karras(6, 0.1, 80.0, rho=5.0),
         "exponential": k.get_sigmas_exponential(10, 0.03, 14.6),
         "polyexponential": k.get_sigmas_polyexponential(10, 0.03, 14.6, rho=1.5),
-        "vp": k.get_sigmas_vp(10),
     }
     tensors = {f"sigmas/{name}": sigmas for name, sigmas in grids.items()}
     runs: dict[str, dict[str, Tensor]] = {}

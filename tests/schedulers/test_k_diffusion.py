@@ -50,17 +50,17 @@ def denoiser(x: Tensor, sigma: float, timestep: float) -> Prediction:
 
 
 def path(sigma: float) -> Tensor:
-    return sigma**0.5 * torch.sin(5.0 * torch.tensor(sigma, dtype=torch.float64).log() + CELLS)
+    return torch.sin(5.0 * torch.tensor(sigma, dtype=torch.float64).log() + CELLS).mul(sigma**0.5)
 
 
 def path_noise(shape: Sequence[int], purpose: str, step: int = 0, draw: int = 0, levels: Levels | None = None) -> Tensor:
     assert levels is not None
     high, low = levels
-    return (path(high) - path(low)) / abs(high - low) ** 0.5
+    return (path(high) - path(low)).div(abs(high - low) ** 0.5)
 
 
 def churn_noise(shape: Sequence[int], purpose: str, step: int = 0, draw: int = 0, levels: Levels | None = None) -> Tensor:
-    return torch.sin(3.0 * step + CELLS) * 2.0**0.5
+    return torch.sin(3.0 * step + CELLS).mul(2.0**0.5)
 
 
 # --- ours

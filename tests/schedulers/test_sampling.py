@@ -26,7 +26,7 @@ SD15 = {"_class_name": "PNDMScheduler", **BETAS, "skip_prk_steps": True, "steps_
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "unclip"])
 def test_both_halves_are_of_one_run(name: str) -> None:
-    config = read_scheduler(SD15, name)
+    config = read_scheduler(EDM if name == "edm-euler" else SD15, name)
     for given in ({"spacing": "kl-optimal"}, {"sigmas": [9.0, 3.0, 1.0]}, {}):
         steps = None if "sigmas" in given else 7
         schedule, solver = config.sampling(steps, **given)
@@ -78,8 +78,11 @@ def test_timesteps_of_ones_own_are_diffusers() -> None:
         ),
         ({"steps": 3, "sigmas": [2.0, 1.0, 0.0]}, r"^3 steps were asked for, but levels for 2 given: leave steps out\.$"),
         ({"steps": 3, "timesteps": [9, 5]}, r"^3 steps were asked for, but levels for 2 given: leave steps out\.$"),
-        ({"sigmas": []}, r"^The sigmas of a run begin above 0 and fall strictly, to 0 at the lowest, got none\.$"),
-        ({"sigmas": [0.0]}, r"^The sigmas of a run begin above 0 and fall strictly, .* got 0\.$"),
+        (
+            {"sigmas": []},
+            r"^The sigmas of a run begin above 0 and at most at 1e\+07 and fall strictly, to 0 at the lowest, got none\.$",
+        ),
+        ({"sigmas": [0.0]}, r"^The sigmas of a run begin above 0 and at most at 1e\+07 and fall strictly, .* got 0\.$"),
         ({"sigmas": [1.0, 1.0]}, r"^The sigmas of a run .* got 1 1\.$"),
         ({"sigmas": [2.0, 0.0, 1.0]}, r"^The sigmas of a run .* got 2 0 1\.$"),
         ({"sigmas": [2.0, -1.0]}, r"^The sigmas of a run .* got 2 -1\.$"),
@@ -218,7 +221,16 @@ def test_a_seed_of_its_own() -> None:
     def none(high: float, low: float) -> Tensor:
         raise AssertionError("the run's own noise was asked for")
 
-    path = Brownian((5, 6), 10.0)
-    seeded, _ = Seeded(DPMppSDE(), 5, 10.0)(denoise, x, 10.0, 2.0, (), none)
+    path = Brownian((5, 6))
+    seeded, _ = Seeded(DPMppSDE(), 5)(denoise, x, 10.0, 2.0, (), none)
     drawn, _ = DPMppSDE()(denoise, x, 10.0, 2.0, (), lambda high, low: path(x.shape, "step", levels=(high, low)))
     assert torch.equal(seeded, drawn)
+
+
+def test_the_lowest_level_of_edm_counts_as_clean_and_no_other_does() -> None:
+    config = read_scheduler({**EDM, "final_sigmas_type": "sigma_min"})
+    schedule = config.schedule(5)
+    assert schedule.finished_at == schedule.sigmas[-1] == 0.002
+    assert config.schedule(sigmas=[80.0, 5.0, 0.5, 0.1]).finished_at == 0.002
+    with pytest.raises(BadInput, match="does not know its training timesteps"):
+        schedule.index(training_time=0.5)

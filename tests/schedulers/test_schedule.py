@@ -153,10 +153,10 @@ def test_between_training_timesteps_it_is_interpolated_in_log_sigma(twenty: Sche
     assert (twenty.timestep_at(table[-1] * 2), twenty.timestep_at(table[0] / 2)) == (999, 0)
 
 
-def test_without_a_table_it_is_zero() -> None:
-    assert timestep_of(3.0, ()) == 0
+def test_without_a_table_it_is_not_known() -> None:
+    assert math.isnan(timestep_of(3.0, ()))
     assert TEN.timestep_at(3.0) == 200
-    assert TEN.timestep_at(3.5) == 0
+    assert math.isnan(TEN.timestep_at(3.5))
 
 
 def test_repr(twenty: Schedule) -> None:

@@ -126,19 +126,41 @@ def test_levels_fall(name: str, steps: int, low: float, share: float) -> None:
 
 
 def test_unknown_spacing() -> None:
-    message = r"^There is no spacing 'cosine': use one of align-your-steps, .*, polyexponential, or sigmas of your own\.$"
+    message = r"^There is no spacing 'cosine': use one of align-your-steps, .*, linspace, or sigmas of your own\.$"
     with pytest.raises(BadInput, match=message):
         spacing.named("cosine", 10, LOW, HIGH)
+    with pytest.raises(BadInput, match=r"^There is no spacing 'karas'; did you mean 'karras'\?$"):
+        spacing.named("karas", 10, LOW, HIGH)
+
+
+@pytest.mark.parametrize("kind", ["leading", "trailing", "linspace"])
+def test_timesteps_may_be_named_as_spacings_too(kind: str) -> None:
+    config = {"_class_name": "EulerDiscreteScheduler", **BETAS, "use_karras_sigmas": True}
+    plain = read_scheduler({"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": kind})
+    assert read_scheduler(config).sampling(9, spacing=kind) == plain.sampling(9)
+    message = rf"^lcm has timesteps of its own: leave spacing = '{kind}' out\.$"
+    if kind == "leading":
+        with pytest.raises(BadInput, match=message.replace("lcm", "unclip")):
+            read_scheduler({"_class_name": "UnCLIPScheduler"}).sampling(9, spacing=kind)
+
+
+def test_a_spacing_of_ones_own() -> None:
+    def halving(steps: int, sigma_min: float, sigma_max: float) -> list[float]:
+        return [sigma_max / 2**i for i in range(steps)]
+
+    schedule = read_scheduler({"_class_name": "EulerDiscreteScheduler", **BETAS}).schedule(4, spacing=halving)
+    top = schedule.training_sigmas[-1]
+    assert schedule.sigmas == (top, top / 2, top / 4, top / 8, 0.0)
+    assert schedule.origin == "euler, halving"
 
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "unclip"])
 @pytest.mark.parametrize("name", [name for name in spacing.SPACINGS if name != "align-your-steps-svd"])
 def test_every_solver_takes_every_spacing(solver: str, name: str) -> None:
-    options = {"sigma_max": 14.615} if solver == "edm-euler" else {}
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_max": 14.615}
+    config = read_scheduler(edm if solver == "edm-euler" else {"_class_name": "PNDMScheduler", **BETAS}, solver)
     for steps in (1, 2, 7, 30):
-        schedule, _ = read_scheduler({"_class_name": "PNDMScheduler", **BETAS}, solver, **options).sampling(
-            steps, spacing=name
-        )
+        schedule, _ = config.sampling(steps, spacing=name)
         assert schedule.origin == f"{solver}, {name}"
         assert schedule.sigmas[0] == pytest.approx(14.6, rel=0.01)
         assert len(schedule) + len(schedule.inside) in (steps, steps - 1)  # or it ends where its last level was
