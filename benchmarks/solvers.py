@@ -5,7 +5,7 @@ probability-flow ODE. Stochastic ones: distance from the true distribution, exac
 samples on the mixture. Noise falls from Stable Diffusion's highest training level to its lowest, not to 0: a last
 step to 0 is of first order whatever the solver. LCM and TCD are for models that say more than the mean, and left out.
 
-    python benchmarks/solvers.py            # prints the tables, writes results/solvers.json and, from it, solvers.png
+    python -P benchmarks/solvers.py            # prints the tables, writes results/solvers.json and, from it, solvers.png
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.prediction import Prediction
 from ..core.schedule import timestep_of
 from ..core.solver import Draw, Evaluate, History, Solver
 from .euler import Euler, ancestral_noise, require_eta
@@ -111,31 +110,27 @@ def TCD(gamma: float, training_sigmas: tuple[float, ...]) -> Renoised:  # noqa: 
 
 
 @dataclass(frozen=True)
-class Bounded:
-    """``solver`` on a consistency model's output: ``c_out x0 + c_skip x``, which is x itself at timestep 0.
+class LCM:
+    """Latent consistency sampling (Luo et al., arXiv:2310.04378, alg. 3): to the clean estimate, and all noise anew.
 
-    (Song et al., arXiv:2303.01469, eq. 5, as Luo et al., arXiv:2310.04378, scale the timestep.)
+    What ``Renoised(Euler(), ToZero())`` does with ``c_out x0 + c_skip x``, which is x itself at timestep 0 (Song et al.,
+    arXiv:2303.01469, eq. 5).
+
+    Args:
+        training_sigmas: the level of every training timestep.
+        timestep_scaling: of the timestep in that boundary condition.
     """
 
-    solver: Solver
     training_sigmas: tuple[float, ...] = field(repr=False)
     timestep_scaling: float = 10.0
 
     def __call__(
         self, denoise: Evaluate, x: Tensor, sigma: float, sigma_next: float, history: History, noise: Draw, /
     ) -> tuple[Tensor, History]:
-        """Next x by the inner solver."""
-
-        def bounded(x: Tensor, sigma: float) -> Prediction:
-            prediction = denoise(x, sigma)
-            scaled = self.timestep_scaling * timestep_of(sigma, self.training_sigmas)
-            total = scaled**2 + 0.5**2
-            skip = 0.5**2 / total / math.sqrt(1.0 + sigma**2)  # of the variance-preserving x
-            return prediction.with_x0((prediction.x0 * (scaled / math.sqrt(total))).add_(prediction.x, alpha=skip))
-
-        return self.solver(bounded, x, sigma, sigma_next, history, noise)
-
-
-def LCM(training_sigmas: tuple[float, ...], timestep_scaling: float = 10.0) -> Bounded:  # noqa: N802
-    """Latent consistency sampling (Luo et al., arXiv:2310.04378, alg. 3): to the clean estimate, and all noise anew."""
-    return Bounded(Renoised(Euler(), ToZero()), training_sigmas, timestep_scaling)
+        """Next x; keeps no history."""
+        prediction = denoise(x, sigma)
+        scaled = self.timestep_scaling * timestep_of(sigma, self.training_sigmas)
+        total = scaled**2 + 0.5**2
+        skip = 0.5**2 / total / math.sqrt(1.0 + sigma**2)  # of the variance-preserving x
+        x = (prediction.x0 * (scaled / math.sqrt(total))).add_(prediction.x, alpha=skip)
+        return x.add_(noise(sigma, sigma_next), alpha=sigma_next) if sigma_next else x, ()

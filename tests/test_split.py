@@ -88,7 +88,7 @@ def test_split_anywhere(
     assert torch.equal(denoise(denoiser, start, before, solver).x, whole[5].x)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "unclip"])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("unclip", "edm-euler")])
 def test_one_sdxl_model_as_base_and_refiner(name: str, tiny_sdxl: Model, setting: Callable[..., Setting]) -> None:
     """Handed on at every step by its noise level alone, as ``start = "handoff"`` does.
 
