@@ -154,7 +154,7 @@ def doctor() -> None:
     import torch
 
     from .chains.record import versions
-    from .kernels import backends
+    from .kernels.backends import doctor as backends
 
     table = Table("what", "found", show_header=False)
     for package, found in versions().items():

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..kernels.attention import require_attention, set_attention
+from ..kernels.backends import require as require_attention
+from ..kernels.networks import set_attention
 from ..schedulers.config import read_scheduler
 from .checkpoint import COMPONENTS, TOKENIZERS, encoder_fingerprint, fingerprint, read_component
 from .errors import BadInput, BadModel

@@ -1,63 +1,154 @@
-"""Attention backends by name: which can run here, and putting one into a network of diffusers."""
+"""Attention: ``softmax(q k^T * scale + bias) v``, as a reference, as our kernel, and the dispatch between them.
+
+Queries, keys and values are (batch, length, heads, head size), as a network's projections leave them, so that nothing is
+transposed or copied: views into packed QKV will do, as long as the last dimension is contiguous.
+"""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..core.errors import BadInput
-
-BACKENDS = {
-    "sdpa": "torch's scaled_dot_product_attention, which chooses the inner kernel",
-    "xformers": "xformers' memory_efficient_attention",
-    "reference": "softmax(QK)V in plain torch, which keeps the whole matrix of scores",
-}
+from .backends import Backend, require
 
 
-def attention_fault(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot run on a device; None if it can."""
-    if name != "xformers":
-        return None
-    faults = [] if find_spec("xformers") else ["xformers is not installed"]
-    if device.type != "cuda":
-        faults.append(f"it has no kernel for {device.type}")
-    return ", and ".join(faults) or None
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Every query's mean of the values, weighed by the softmax of its products with the keys.
 
+    Args:
+        q: (batch, queries, heads, head size).
+        k, v: (batch, keys, heads, head size).
+        bias: added to the scores, broadcastable to (batch, heads, queries, keys); -inf leaves a key out, and a query
+            that is left no key at all comes out as 0.
+        scale: of the products, by default one over the root of the head size.
+        backend: "auto" is torch's own.
 
-def require_attention(name: str | None, device: torch.device) -> None:
-    """Raise BadInput if there is no such backend or it cannot run on ``device``; None and "auto" always can."""
-    if name in (None, "auto"):
-        return
-    if name not in BACKENDS:
-        raise BadInput(f"There is no attention {name!r}: use auto, {', '.join(BACKENDS)}.")
-    if fault := attention_fault(name, device):
-        raise BadInput(f"Attention {name!r} cannot run on {device} ({fault}): use auto, or see unrolled doctor.")
-
-
-def set_attention(network: Any, name: str | None) -> None:
-    """Put a backend into every attention layer of a UNet, a VAE or the prior; None and "auto" leave what is there.
-
-    CLIP's encoders keep transformers' own: they run once a prompt.
+    Returns:
+        (batch, queries, heads, head size), contiguous.
 
     Raises:
-        BadInput: xformers is there but cannot be used.
+        BadInput: the shapes do not go together, or the backend cannot run here.
     """
-    if name in (None, "auto"):
-        return
-    if name == "xformers":
-        try:
-            network.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise BadInput(f"Attention 'xformers' cannot run here ({str(error).splitlines()[0]}): use auto.") from error
-        return
-    from diffusers.models import attention_processor as theirs
+    _require_shapes(q, k, v, bias)
+    require(backend, q.device, q.shape[-1])
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "triton":
+        return fused(q, k, v, bias, scale)[0]
+    if backend == "reference":
+        return reference(q, k, v, bias, scale)[0]
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
 
-    sdpa = name == "sdpa"
-    plain = theirs.AttnProcessor2_0 if sdpa else theirs.AttnProcessor
-    # Kandinsky's layers attend to the picture and the prompt's tokens at once, and have processors of their own.
-    added = theirs.AttnAddedKVProcessor2_0 if sdpa else theirs.AttnAddedKVProcessor
-    for layer in network.modules():
-        if isinstance(layer, theirs.Attention):
-            layer.set_processor(plain() if layer.added_kv_proj_dim is None else added())
+        whole = bias if bias is None else bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1]).to(q.dtype)
+        return memory_efficient_attention(q, k, v, attn_bias=whole, scale=scale)  # type: ignore[no-any-return]
+    heads_first = (part.transpose(1, 2) for part in (q, k, v))
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of each softmax's sum, (batch, heads, queries) in float32, by our kernel or the reference.
+
+    With it results over parts of the keys can be put together, and single probabilities be had later.
+    """
+    _require_shapes(q, k, v, bias)
+    require(backend, q.device, q.shape[-1])
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend in ("sdpa", "xformers"):
+        raise BadInput(f"Attention {backend!r} does not give the log-sum-exp: use triton or reference.")
+    return fused(q, k, v, bias, scale) if backend == "triton" else reference(q, k, v, bias, scale)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """In plain torch and at least float32: the output and the log-sum-exp."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bmhd,bnhd->bhmn", q.to(wide), k.to(wide)) * scale
+    scores = scores if bias is None else scores + bias.to(wide)
+    lse = scores.logsumexp(-1)
+    share = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
+    return torch.einsum("bhmn,bnhd->bmhd", share, v.to(wide)).to(q.dtype), lse.to(torch.float32)
+
+
+@torch.library.custom_op("unrolled::attention", mutates_args=())
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Our kernel: the output and the log-sum-exp, without the matrix of scores."""
+    from .attention_forward import launch
+
+    return launch(q, k, v, bias, scale)
+
+
+@fused.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("unrolled::attention_backward", mutates_args=())
+def fused_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values."""
+    from .attention_backward import launch
+
+    return launch(grad, q, k, v, bias, out, lse, scale)
+
+
+@fused_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, ctx.scale = inputs
+    if bias is not None and bias.requires_grad:
+        raise BadInput("Our attention has no gradient of the bias: use the backend sdpa or reference for one.")
+    ctx.save_for_backward(q, k, v, bias, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    return (*fused_backward(grad, q, k, v, bias, out, lse, ctx.scale), None, None)
+
+
+fused.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.unrolled.attention)  # type: ignore[untyped-decorator]
+def _flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, size = q
+    return 4 * batch * heads * queries * int(k[1]) * size  # type: ignore[no-any-return]
+
+
+@register_flop_formula(torch.ops.unrolled.attention_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, size = q
+    return 10 * batch * heads * queries * int(k[1]) * size  # type: ignore[no-any-return]
+
+
+def _require_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+    if not fits or (len(q), *q.shape[2:]) != (len(k), *k.shape[2:]):
+        raise BadInput(
+            "Attention takes queries (batch, queries, heads, head size) and keys and values (batch, keys, heads, head "
+            f"size), but was given {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    wanted = (len(q), q.shape[2], q.shape[1], k.shape[1])
+    if bias is not None and (
+        bias.ndim != 4 or any(given not in (1, n) for given, n in zip(bias.shape, wanted, strict=True))
+    ):
+        raise BadInput(f"A bias of attention broadcasts to {wanted} here, but was given as {tuple(bias.shape)}.")

@@ -1,0 +1,128 @@
+"""Fused attention, backward: the scores computed again from the log-sum-exp (Dao, arXiv:2307.08691, alg. 2)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_forward import LOG2_E, bias_strides
+from .tuning import Blocks, backward_blocks
+
+
+def launch(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, each of its shape and contiguous."""
+    batch, queries, heads, size = q.shape
+    keys = k.shape[1]
+    grad, q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (grad, q, k, v))
+    # What the softmax takes off every row's gradient.
+    delta = torch.einsum("bmhd,bmhd->bhm", grad.float(), out.float()).contiguous()
+    dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k, v))
+    blocks = blocks or backward_blocks(q, keys)
+    inputs = (q, k, v, q if bias is None else bias, grad, lse, delta)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
+    strides = (*strides, *bias_strides(bias, (batch, heads, queries, keys)))
+    options = {
+        "SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "HAS_BIAS": bias is not None,
+        "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages,
+    }  # fmt: skip
+    sizes = (heads, queries, keys, scale)
+    _of_keys[(triton.cdiv(keys, blocks.keys), batch * heads)](*inputs, dk, dv, *strides, *dk.stride()[:3], *sizes, **options)
+    _of_queries[(triton.cdiv(queries, blocks.queries), batch * heads)](
+        *inputs, dq, *strides, *dq.stride()[:3], *sizes, **options
+    )
+    return dq, dk, dv
+
+
+@triton.jit
+def _probabilities(q, k_t, bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS: tl.constexpr):
+    """The softmax of a tile, from its rows' log-sum-exp; 0 where nothing is left in, and outside."""
+    scores = tl.dot(q, k_t) * (sm_scale * LOG2_E)
+    inside = in_m[:, None] & in_n[None, :]
+    if HAS_BIAS:
+        scores += tl.load(bias_at + n[None, :] * stride_bn, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    inside = inside & (lse > float("-inf"))[:, None]
+    return tl.where(inside, tl.exp2(tl.where(inside, scores - (lse * LOG2_E)[:, None], 0.0)), 0.0)
+
+
+@triton.jit
+def _of_keys(
+    Q, K, V, BIAS, GRAD, LSE, DELTA, DK, DV,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gm, stride_gh, stride_bb, stride_bh, stride_bm, stride_bn, stride_db, stride_dn, stride_dh,
+    heads, queries, keys, sm_scale,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of keys and values, over all queries."""
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, PADDED)
+    in_n, in_d = n < keys, d < SIZE
+    key_mask = in_n[:, None] & in_d[None, :]
+    rows = n[:, None].to(tl.int64)
+    k = tl.load(K + batch * stride_kb + head * stride_kh + rows * stride_kn + d[None, :], mask=key_mask, other=0.0)
+    v = tl.load(V + batch * stride_vb + head * stride_vh + rows * stride_vn + d[None, :], mask=key_mask, other=0.0)
+    dk = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    dv = tl.zeros([BLOCK_N, PADDED], tl.float32)
+    for start in range(0, queries, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        in_m = m < queries
+        mask, at = in_m[:, None] & in_d[None, :], m[:, None].to(tl.int64)
+        q = tl.load(Q + batch * stride_qb + head * stride_qh + at * stride_qm + d[None, :], mask=mask, other=0.0)
+        grad = tl.load(GRAD + batch * stride_gb + head * stride_gh + at * stride_gm + d[None, :], mask=mask, other=0.0)
+        lse = tl.load(LSE + pair * queries + m, mask=in_m, other=float("-inf"))
+        delta = tl.load(DELTA + pair * queries + m, mask=in_m, other=0.0)
+        bias_at = BIAS + batch * stride_bb + head * stride_bh + at * stride_bm
+        p = _probabilities(q, tl.trans(k), bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS)
+        dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv)
+        ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk)
+    at = batch * stride_db + head * stride_dh + rows * stride_dn + d[None, :]
+    tl.store(DK + at, (dk * sm_scale).to(DK.dtype.element_ty), mask=key_mask)
+    tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=key_mask)
+
+
+@triton.jit
+def _of_queries(
+    Q, K, V, BIAS, GRAD, LSE, DELTA, DQ,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gm, stride_gh, stride_bb, stride_bh, stride_bm, stride_bn, stride_db, stride_dm, stride_dh,
+    heads, queries, keys, sm_scale,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of queries, over all keys."""
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, PADDED)
+    in_m, in_d = m < queries, d < SIZE
+    mask, rows = in_m[:, None] & in_d[None, :], m[:, None].to(tl.int64)
+    q = tl.load(Q + batch * stride_qb + head * stride_qh + rows * stride_qm + d[None, :], mask=mask, other=0.0)
+    grad = tl.load(GRAD + batch * stride_gb + head * stride_gh + rows * stride_gm + d[None, :], mask=mask, other=0.0)
+    lse = tl.load(LSE + pair * queries + m, mask=in_m, other=float("-inf"))
+    delta = tl.load(DELTA + pair * queries + m, mask=in_m, other=0.0)
+    bias_at = BIAS + batch * stride_bb + head * stride_bh + rows * stride_bm
+    dq = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    for start in range(0, keys, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        in_n = n < keys
+        key_mask, at = in_n[:, None] & in_d[None, :], n[:, None].to(tl.int64)
+        k = tl.load(K + batch * stride_kb + head * stride_kh + at * stride_kn + d[None, :], mask=key_mask, other=0.0)
+        v = tl.load(V + batch * stride_vb + head * stride_vh + at * stride_vn + d[None, :], mask=key_mask, other=0.0)
+        p = _probabilities(q, tl.trans(k), bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS)
+        ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    at = batch * stride_db + head * stride_dh + rows * stride_dm + d[None, :]
+    tl.store(DQ + at, (dq * sm_scale).to(DQ.dtype.element_ty), mask=mask)
