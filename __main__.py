@@ -42,6 +42,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default CUDA if there is one.")]
 Vram = Annotated[str | None, typer.Option(help="Device memory to keep within, e.g. 8G; by default what is free.")]
 Offload = Annotated[str, typer.Option(help="Where models live: auto, resident, model (one at a time) or layer.")]
+Fast = Annotated[bool, typer.Option("--fast", help="Fuse and rearrange the networks: the same pictures to rounding.")]
 Attention = Annotated[str | None, typer.Option(help="sdpa, xformers or reference; by default diffusers' choice.")]
 
 
@@ -64,6 +65,7 @@ def run(
     offload: Offload = "auto",
     vram: Vram = None,
     attention: Attention = None,
+    fast: Fast = False,
     progress: Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")] = True,
 ) -> None:
     """Run a chain and write its pictures."""
@@ -72,7 +74,7 @@ def run(
     job = _chain(
         chain, overrides, prompt=prompt, seed=seed, steps=steps, batch=batch, guidance_scale=cfg_scale, strength=strength
     )
-    shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram, attention=attention)
+    shelf = _shelf(models, variant, revision, device, dtype, offload=offload, vram=vram, attention=attention, fast=fast)
     try:
         with _bars(on=progress and err.is_terminal) as watch:
             result = run_chain(job, shelf, output, watch, free=True)

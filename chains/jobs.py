@@ -162,8 +162,10 @@ def _denoised(run: Run, denoiser: Denoiser, start: Latents, hooks: Sequence[Hook
 
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:
     """The model's network under the stage's guidance."""
+    from ..kernels.fast import prepared  # which needs diffusers, as the model that is there by now did
+
     scale = guidance_scale(spec, run.whole)
-    network = model.denoiser_of(run.config.kind, scale_input=not _unscaled(model, spec, run))
+    network = prepared(model.denoiser_of(run.config.kind, scale_input=not _unscaled(model, spec, run)), run.schedule)
     if not callable(scale) and scale <= 1.0:
         return conditioned(network, cond)
     return classifier_free(network, cond, uncond, scale, rescale=spec.guidance_rescale, batched=spec.guidance_batched)

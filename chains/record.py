@@ -48,11 +48,12 @@ class Machine(NamedTuple):
     variant: str | None = None
     revision: str | None = None
     attention: str | None = None
+    fast: bool = False
 
     @classmethod
     def of(cls, shelf: Shelf) -> Machine:
         """As the shelf has it."""
-        return cls(shelf.device, shelf.dtype, shelf.models, shelf.variant, shelf.revision, shelf.attention)
+        return cls(shelf.device, shelf.dtype, shelf.models, shelf.variant, shelf.revision, shelf.attention, shelf.fast)
 
 
 def manifest(
@@ -74,6 +75,7 @@ def manifest(
         "variant": machine.variant,
         "revision": machine.revision,
         "attention": machine.attention,
+        "fast": machine.fast,
         "notes": list(notes),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -62,6 +62,10 @@ class Conditioning:
         """Moved and cast (integers keep their type)."""
         return self._map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
+    def edits(self) -> tuple[int, ...]:
+        """Changes when one of its tensors is written to in place; of those made in inference mode nobody counts."""
+        return tuple(0 if t.is_inference() else t._version for t in self._tensors().values())
+
     def stackable(self, other: Conditioning) -> bool:
         """Whether the two can go through the UNet as one batch."""
         mine, others = self._tensors(), other._tensors()

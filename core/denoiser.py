@@ -68,20 +68,41 @@ class UNetDenoiser:
             BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's, or the
                 conditioning holds what this UNet cannot take or lacks what it needs.
         """
-        require_conditioning(conditioning, self.takes)
-        conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
-        variance = preconditioning(self.kind).sigma_data ** 2 + sigma**2
-        scaled = (x * (1.0 / variance**0.5 if self.scale_input else 1.0)).to(self.dtype)
-        scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
-        added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
+        conditioning = self.ready(conditioning, x)
         out = self.unet(
-            scaled,
-            told(timestep, x),
-            encoder_hidden_states=conditioning.context,
-            class_labels=conditioning.class_labels,
-            added_cond_kwargs={theirs: getattr(conditioning, ours) for theirs, ours in added.items()},
+            with_channels_of(conditioning, self.scaled(x, sigma), self.unet.config.in_channels),
+            told(self.tells(sigma, timestep), x),
+            **self.arguments(conditioning),
             return_dict=False,
-        )[0].to(x.dtype)
+        )[0]
+        return self.read(out, x, sigma)
+
+    def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
+        """The conditioning as the UNet takes it: one for each of ``x``, where and in what precision the UNet is."""
+        require_conditioning(conditioning, self.takes)
+        return conditioning.expand(len(x)).to(x.device, self.dtype)
+
+    def scaled(self, x: Tensor, sigma: float) -> Tensor:
+        """``x`` in unit variance, as the UNet takes it."""
+        variance = preconditioning(self.kind).sigma_data ** 2 + sigma**2
+        return (x * (1.0 / variance**0.5 if self.scale_input else 1.0)).to(self.dtype)
+
+    def tells(self, sigma: float, timestep: float) -> float:
+        """What the UNet is told of the noise level."""
+        return timestep
+
+    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the UNet is called with beside the latents and the timestep."""
+        added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
+        return {
+            "encoder_hidden_states": conditioning.context,
+            "class_labels": conditioning.class_labels,
+            "added_cond_kwargs": {theirs: getattr(conditioning, ours) for theirs, ours in added.items()},
+        }
+
+    def read(self, out: Tensor, x: Tensor, sigma: float) -> Prediction:
+        """What the UNet's output means."""
+        out = out.to(x.dtype)
         if out.shape[1] == 2 * x.shape[1]:
             out, variance = out.chunk(2, dim=1)
             return Prediction(out, x, sigma, self.kind, variance=variance)
@@ -106,23 +127,44 @@ class UpscalerDenoiser:
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """As for :class:`UNetDenoiser`, but the timestep is not looked at, and sigma 0 is a BadInput."""
+        conditioning = self.ready(conditioning, x)
+        out = self.unet(
+            with_channels_of(conditioning, self.scaled(x, sigma), self.unet.config.in_channels),
+            told(self.tells(sigma, timestep), x),
+            **self.arguments(conditioning),
+            return_dict=False,
+        )[0]
+        return self.read(out, x, sigma)
+
+    def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
+        """As of :class:`UNetDenoiser`."""
         require_conditioning(conditioning, frozenset({"context", "pooled"}))
+        return conditioning.expand(len(x)).to(x.device, self.dtype)
+
+    def scaled(self, x: Tensor, sigma: float) -> Tensor:
+        """``x`` in unit variance, as the UNet takes it."""
+        scaled: Tensor = x * (1.0 / (1.0 + sigma**2) ** 0.5)
+        return scaled.to(self.dtype)
+
+    def tells(self, sigma: float, timestep: float) -> float:
+        """``ln(sigma) / 4``."""
         if sigma <= 0.0:
             raise BadInput("The x2 upscaler is told ln(sigma) and cannot be asked at sigma 0: take a solver that does not.")
-        conditioning = conditioning.expand(len(x)).to(x.device, self.dtype)
-        scaled = (x * (1.0 / (1.0 + sigma**2) ** 0.5)).to(self.dtype)
-        scaled = with_channels_of(conditioning, scaled, self.unet.config.in_channels)
+        return 0.25 * math.log(sigma)
+
+    def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the UNet is called with beside the latents and the timestep."""
         pooled = conditioning.pooled
         assert pooled is not None
         # The noise level of the latents to enlarge, 0, as a Fourier feature: 64 cosines, 64 sines.
         level = F.pad(pooled.new_ones(len(pooled), 64), (0, 64))
-        out = self.unet(
-            scaled,
-            told(0.25 * math.log(sigma), x),
-            encoder_hidden_states=conditioning.context,
-            timestep_cond=torch.cat([level, pooled], 1),
-            return_dict=False,
-        )[0]
+        return {
+            "encoder_hidden_states": conditioning.context,
+            "timestep_cond": torch.cat([level, pooled], 1),
+        }
+
+    def read(self, out: Tensor, x: Tensor, sigma: float) -> Prediction:
+        """What the UNet's output means."""
         return Prediction(-out[:, :-1].to(x.dtype), x, sigma, "v")
 
 

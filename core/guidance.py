@@ -39,7 +39,7 @@ def classifier_free(
     """
     if not 0.0 <= rescale <= 1.0:
         raise BadInput(f"Guidance rescale goes from 0 (off) to 1, got {rescale:g}.")
-    together = stack([uncond, cond]) if batched and len(cond) == len(uncond) and cond.stackable(uncond) else None
+    pair = paired(cond, uncond)
 
     def both(x: Tensor, sigma: float, timestep: float) -> tuple[Prediction, Tensor, Tensor]:
         """The conditional prediction, but for its output, and the two outputs."""
@@ -48,8 +48,7 @@ def classifier_free(
             prediction = network(x, sigma, timestep, cond)
             return prediction, without, prediction.out
         n = len(x)
-        pair = together if together is not None and len(together) == 2 * n else stack([uncond.expand(n), cond.expand(n)])
-        prediction = network(torch.cat([x, x]), sigma, timestep, pair)
+        prediction = network(torch.cat([x, x]), sigma, timestep, pair(n))
         if prediction.variance is not None:
             prediction = replace(prediction, variance=prediction.variance[n:])
         without, with_ = prediction.out.chunk(2)
@@ -66,6 +65,19 @@ def classifier_free(
         return replace(prediction, out=out, x=x, cond=with_, uncond=without)
 
     return denoise
+
+
+def paired(cond: Conditioning, uncond: Conditioning) -> Callable[[int], Conditioning]:
+    """Both as one batch for so many images, ``uncond`` first: the same object at every step, until one is written to."""
+    made: dict[int, tuple[tuple[int, ...], Conditioning]] = {}
+
+    def pair(count: int) -> Conditioning:
+        edits = cond.edits() + uncond.edits()
+        if count not in made or made[count][0] != edits:
+            made[count] = edits, stack([uncond.expand(count), cond.expand(count)])
+        return made[count][1]
+
+    return pair
 
 
 def rescaled(guided: Tensor, cond: Tensor, amount: float) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..kernels.backends import Backend
 from ..kernels.backends import require as require_attention
 from ..kernels.networks import set_attention
 from ..schedulers.config import read_scheduler
 from .checkpoint import COMPONENTS, TOKENIZERS, encoder_fingerprint, fingerprint, read_component
-from .errors import BadInput, BadModel
+from .errors import BadInput, BadModel, Note
 from .latents import LatentSpace
 from .memory import WORK, Mode, Need, Offload, Placement, read_need, release
 from .model import Model, Prior
@@ -38,6 +40,8 @@ class Shelf:
         offload, vram: where components live; see :class:`Placement`. By default all on the device if they fit.
         attention: the backend of UNets, VAEs and the prior, by name: "sdpa", "xformers" or "reference"; by default
             what diffusers gives them.
+        fast: whether UNets and VAEs are optimised (:func:`unrolled.kernels.fast.optimise`): the same results to
+            rounding. Layer-by-layer offloading leaves nothing to optimise.
 
     Raises:
         BadInput: an offload, a size of memory or an attention that there is not, or that cannot run on the device.
@@ -54,13 +58,14 @@ class Shelf:
         offload: Offload = "auto",
         vram: int | str | None = None,
         attention: str | None = None,
+        fast: bool = False,
     ) -> None:
         self.models, self.variant, self.revision = models, variant, revision
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         self.memory = Placement(self.device, offload, vram)
         require_attention(attention, self.device)
-        self.attention = attention
+        self.attention, self.fast = attention, fast
         self._components: dict[tuple[str, str], Any] = {}
         self._placed: dict[tuple[str, str], tuple[Need, Mode]] = {}
 
@@ -205,12 +210,27 @@ class Shelf:
         if key not in self._components:
             component = read_component(part, self.dtype)
             if placed is not None:
-                if part.name in WORK or part.name == "prior":
-                    set_attention(component, self.attention)
+                fast = self.fast and part.name in WORK
+                if not fast and (part.name in WORK or part.name == "prior"):
+                    # The prior has no fast form.
+                    set_attention(
+                        component, None if self.fast and self.attention in ("triton", "chunked") else self.attention
+                    )
                 self.memory.put(component, placed[1])
+                if fast:
+                    self._optimise(component, part.name, placed[1])
                 self._placed[key] = placed
             self._components[key] = component
         return self._components[key], key[1]
+
+    def _optimise(self, component: Any, name: str, mode: Mode) -> None:
+        if mode == "layer":
+            warnings.warn(f"The {name} lives layer by layer (offload), and is not made fast.", Note, stacklevel=4)
+            set_attention(component, self.attention)
+        else:
+            from ..kernels.fast import optimise
+
+            optimise(component, attention=cast(Backend, self.attention or "auto"))
 
 
 def _key(part: Part) -> tuple[str, str]:

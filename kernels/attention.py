@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core.errors import BadInput
+from .attention_chunked import chunked, pays
 from .backends import Backend, require
 
 
@@ -27,9 +28,9 @@ def attention(
         q: (batch, queries, heads, head size).
         k, v: (batch, keys, heads, head size).
         bias: added to the scores, broadcastable to (batch, heads, queries, keys); -inf leaves a key out, and a query
-            that is left no key at all comes out as 0.
+            that is left no key at all comes out as 0. Our kernel takes anything below -2e38 for -inf.
         scale: of the products, by default one over the root of the head size.
-        backend: "auto" is torch's own.
+        backend: "auto" is torch's own, but in half precision on a CPU "chunked" where that was measured to be faster.
 
     Returns:
         (batch, queries, heads, head size), contiguous.
@@ -37,11 +38,13 @@ def attention(
     Raises:
         BadInput: the shapes do not go together, or the backend cannot run here.
     """
-    _require_shapes(q, k, v, bias)
-    require(backend, q.device, q.shape[-1])
+    require_shapes(q, k, v, bias)
+    require(backend, q.device, q.shape[-1], q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if backend == "triton":
-        return fused(q, k, v, bias, scale)[0]
+        _require_no_gradient(bias)
+        out: Tensor = fused(q, k, v, bias, scale)[0]
+        return out
     if backend == "reference":
         return reference(q, k, v, bias, scale)[0]
     if backend == "xformers":
@@ -49,9 +52,11 @@ def attention(
 
         whole = bias if bias is None else bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1]).to(q.dtype)
         return memory_efficient_attention(q, k, v, attn_bias=whole, scale=scale)  # type: ignore[no-any-return]
-    heads_first = (part.transpose(1, 2) for part in (q, k, v))
+    if backend == "chunked" or (backend == "auto" and pays(q, k.shape[1])):
+        return chunked(q, k, v, bias, scale)
     mask = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # heads before lengths, as torch has them
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
 
 
 def attention_with_lse(
@@ -61,12 +66,16 @@ def attention_with_lse(
 
     With it results over parts of the keys can be put together, and single probabilities be had later.
     """
-    _require_shapes(q, k, v, bias)
-    require(backend, q.device, q.shape[-1])
+    require_shapes(q, k, v, bias)
+    require(backend, q.device, q.shape[-1], q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if backend in ("sdpa", "xformers"):
+    if backend in ("sdpa", "xformers", "chunked"):
         raise BadInput(f"Attention {backend!r} does not give the log-sum-exp: use triton or reference.")
-    return fused(q, k, v, bias, scale) if backend == "triton" else reference(q, k, v, bias, scale)
+    if backend == "triton":
+        _require_no_gradient(bias)
+        out, lse = fused(q, k, v, bias, scale)
+        return out, lse
+    return reference(q, k, v, bias, scale)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -74,9 +83,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.to(wide), k.to(wide)) * scale
     scores = scores if bias is None else scores + bias.to(wide)
-    lse = scores.logsumexp(-1)
-    share = torch.exp(scores - lse.masked_fill(lse.isinf(), 0.0)[..., None])
-    return torch.einsum("bhmn,bnhd->bmhd", share, v.to(wide)).to(q.dtype), lse.to(torch.float32)
+    # A query that is left no key: 0, and 0 for its gradient too.
+    empty = scores.isneginf().all(-1, keepdim=True)
+    share = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return torch.einsum("bhmn,bnhd->bmhd", share, v.to(wide)).to(q.dtype).contiguous(), scores.logsumexp(-1).to(
+        torch.float32
+    )
 
 
 @torch.library.custom_op("unrolled::attention", mutates_args=())
@@ -111,8 +123,6 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias, ctx.scale = inputs
-    if bias is not None and bias.requires_grad:
-        raise BadInput("Our attention has no gradient of the bias: use the backend sdpa or reference for one.")
     ctx.save_for_backward(q, k, v, bias, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -128,25 +138,33 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 fused.register_autograd(_backward, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.unrolled.attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.unrolled.attention)
 def _flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     batch, queries, heads, size = q
     return 4 * batch * heads * queries * int(k[1]) * size  # type: ignore[no-any-return]
 
 
-@register_flop_formula(torch.ops.unrolled.attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.unrolled.attention_backward)
 def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
     batch, queries, heads, size = q
     return 10 * batch * heads * queries * int(k[1]) * size  # type: ignore[no-any-return]
 
 
-def _require_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+def _require_no_gradient(bias: Tensor | None) -> None:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise BadInput("Our attention has no gradient of the bias: use the backend sdpa or reference for one.")
+
+
+def require_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Raise BadInput if they do not go together."""
     fits = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
     if not fits or (len(q), *q.shape[2:]) != (len(k), *k.shape[2:]):
         raise BadInput(
             "Attention takes queries (batch, queries, heads, head size) and keys and values (batch, keys, heads, head "
             f"size), but was given {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise BadInput(f"Queries, keys and values are of one dtype, but were given as {q.dtype}, {k.dtype} and {v.dtype}.")
     wanted = (len(q), q.shape[2], q.shape[1], k.shape[1])
     if bias is not None and (
         bias.ndim != 4 or any(given not in (1, n) for given, n in zip(bias.shape, wanted, strict=True))

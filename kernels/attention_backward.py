@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import LOG2_E, bias_strides
+from .attention_forward import EXACT, LOG2_E, _bias, aligned, bias_kind, bias_strides
 from .tuning import Blocks, backward_blocks
 
 
@@ -34,7 +34,8 @@ def launch(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     strides = (*strides, *bias_strides(bias, (batch, heads, queries, keys)))
     options = {
-        "SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "HAS_BIAS": bias is not None,
+        "SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "ALIGN": aligned(grad, q, k, v, dq, dk),
+        **bias_kind(bias),
         "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages,
     }  # fmt: skip
     sizes = (heads, queries, keys, scale)
@@ -46,12 +47,22 @@ def launch(
 
 
 @triton.jit
-def _probabilities(q, k_t, bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS: tl.constexpr):
+def _rows(X, batch, head, rows, d, mask, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
+    """Rows of one head, 0 outside."""
+    at = X + tl.multiple_of(batch * stride_b + head * stride_h, ALIGN) + rows * stride_n + d[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _probabilities(
+    q, k_t, bias_at, lse, m, n, stride_bm, stride_bn, in_m, in_n, sm_scale,
+    HAS_BIAS: tl.constexpr, PER_QUERY: tl.constexpr,
+):  # fmt: skip
     """The softmax of a tile, from its rows' log-sum-exp; 0 where nothing is left in, and outside."""
-    scores = tl.dot(q, k_t) * (sm_scale * LOG2_E)
+    scores = tl.dot(q, k_t, input_precision=EXACT) * (sm_scale * LOG2_E)
     inside = in_m[:, None] & in_n[None, :]
     if HAS_BIAS:
-        scores += tl.load(bias_at + n[None, :] * stride_bn, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        scores += _bias(bias_at, m, n, stride_bm, stride_bn, in_m, in_n, PER_QUERY) * LOG2_E
     inside = inside & (lse > float("-inf"))[:, None]
     return tl.where(inside, tl.exp2(tl.where(inside, scores - (lse * LOG2_E)[:, None], 0.0)), 0.0)
 
@@ -62,7 +73,8 @@ def _of_keys(
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gm, stride_gh, stride_bb, stride_bh, stride_bm, stride_bn, stride_db, stride_dn, stride_dh,
     heads, queries, keys, sm_scale,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of keys and values, over all queries."""
     pair = tl.program_id(1).to(tl.int64)
@@ -72,24 +84,26 @@ def _of_keys(
     in_n, in_d = n < keys, d < SIZE
     key_mask = in_n[:, None] & in_d[None, :]
     rows = n[:, None].to(tl.int64)
-    k = tl.load(K + batch * stride_kb + head * stride_kh + rows * stride_kn + d[None, :], mask=key_mask, other=0.0)
-    v = tl.load(V + batch * stride_vb + head * stride_vh + rows * stride_vn + d[None, :], mask=key_mask, other=0.0)
+    k = _rows(K, batch, head, rows, d, key_mask, stride_kb, stride_kn, stride_kh, ALIGN)
+    v = _rows(V, batch, head, rows, d, key_mask, stride_vb, stride_vn, stride_vh, ALIGN)
+    bias_at = BIAS + batch * stride_bb + head * stride_bh
     dk = tl.zeros([BLOCK_N, PADDED], tl.float32)
     dv = tl.zeros([BLOCK_N, PADDED], tl.float32)
     for start in range(0, queries, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         in_m = m < queries
         mask, at = in_m[:, None] & in_d[None, :], m[:, None].to(tl.int64)
-        q = tl.load(Q + batch * stride_qb + head * stride_qh + at * stride_qm + d[None, :], mask=mask, other=0.0)
-        grad = tl.load(GRAD + batch * stride_gb + head * stride_gh + at * stride_gm + d[None, :], mask=mask, other=0.0)
+        q = _rows(Q, batch, head, at, d, mask, stride_qb, stride_qm, stride_qh, ALIGN)
+        grad = _rows(GRAD, batch, head, at, d, mask, stride_gb, stride_gm, stride_gh, ALIGN)
         lse = tl.load(LSE + pair * queries + m, mask=in_m, other=float("-inf"))
         delta = tl.load(DELTA + pair * queries + m, mask=in_m, other=0.0)
-        bias_at = BIAS + batch * stride_bb + head * stride_bh + at * stride_bm
-        p = _probabilities(q, tl.trans(k), bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS)
-        dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv)
-        ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk)
-    at = batch * stride_db + head * stride_dh + rows * stride_dn + d[None, :]
+        p = _probabilities(
+            q, tl.trans(k), bias_at, lse, m, n, stride_bm, stride_bn, in_m, in_n, sm_scale, HAS_BIAS, PER_QUERY
+        )
+        dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv, input_precision=EXACT)
+        ds = p * (tl.dot(grad, tl.trans(v), input_precision=EXACT) - delta[:, None])
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=EXACT)
+    at = tl.multiple_of(batch * stride_db + head * stride_dh, ALIGN) + rows * stride_dn + d[None, :]
     tl.store(DK + at, (dk * sm_scale).to(DK.dtype.element_ty), mask=key_mask)
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=key_mask)
 
@@ -100,7 +114,8 @@ def _of_queries(
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_gb, stride_gm, stride_gh, stride_bb, stride_bh, stride_bm, stride_bn, stride_db, stride_dm, stride_dh,
     heads, queries, keys, sm_scale,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of queries, over all keys."""
     pair = tl.program_id(1).to(tl.int64)
@@ -109,20 +124,22 @@ def _of_queries(
     d = tl.arange(0, PADDED)
     in_m, in_d = m < queries, d < SIZE
     mask, rows = in_m[:, None] & in_d[None, :], m[:, None].to(tl.int64)
-    q = tl.load(Q + batch * stride_qb + head * stride_qh + rows * stride_qm + d[None, :], mask=mask, other=0.0)
-    grad = tl.load(GRAD + batch * stride_gb + head * stride_gh + rows * stride_gm + d[None, :], mask=mask, other=0.0)
+    q = _rows(Q, batch, head, rows, d, mask, stride_qb, stride_qm, stride_qh, ALIGN)
+    grad = _rows(GRAD, batch, head, rows, d, mask, stride_gb, stride_gm, stride_gh, ALIGN)
     lse = tl.load(LSE + pair * queries + m, mask=in_m, other=float("-inf"))
     delta = tl.load(DELTA + pair * queries + m, mask=in_m, other=0.0)
-    bias_at = BIAS + batch * stride_bb + head * stride_bh + rows * stride_bm
+    bias_at = BIAS + batch * stride_bb + head * stride_bh
     dq = tl.zeros([BLOCK_M, PADDED], tl.float32)
     for start in range(0, keys, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         in_n = n < keys
         key_mask, at = in_n[:, None] & in_d[None, :], n[:, None].to(tl.int64)
-        k = tl.load(K + batch * stride_kb + head * stride_kh + at * stride_kn + d[None, :], mask=key_mask, other=0.0)
-        v = tl.load(V + batch * stride_vb + head * stride_vh + at * stride_vn + d[None, :], mask=key_mask, other=0.0)
-        p = _probabilities(q, tl.trans(k), bias_at, lse, m, n, stride_bn, in_m, in_n, sm_scale, HAS_BIAS)
-        ds = p * (tl.dot(grad, tl.trans(v)) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq)
-    at = batch * stride_db + head * stride_dh + rows * stride_dm + d[None, :]
+        k = _rows(K, batch, head, at, d, key_mask, stride_kb, stride_kn, stride_kh, ALIGN)
+        v = _rows(V, batch, head, at, d, key_mask, stride_vb, stride_vn, stride_vh, ALIGN)
+        p = _probabilities(
+            q, tl.trans(k), bias_at, lse, m, n, stride_bm, stride_bn, in_m, in_n, sm_scale, HAS_BIAS, PER_QUERY
+        )
+        ds = p * (tl.dot(grad, tl.trans(v), input_precision=EXACT) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=EXACT)
+    at = tl.multiple_of(batch * stride_db + head * stride_dh, ALIGN) + rows * stride_dm + d[None, :]
     tl.store(DQ + at, (dq * sm_scale).to(DQ.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ from .tuning import Blocks, attention_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+EXACT = tl.constexpr("ieee")  # float32 is not to become tf32, which is what a product takes unasked
 
 
 def launch(
@@ -28,7 +29,7 @@ def launch(
         q, k, v, q if bias is None else bias, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *bias_strides(bias, (batch, heads, queries, keys)), heads, queries, keys, scale,
-        SIZE=size, MAIN=main, TAIL=tail, HAS_BIAS=bias is not None,
+        SIZE=size, MAIN=main, TAIL=tail, ALIGN=aligned(q, k, v, out), **bias_kind(bias),
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out, lse
@@ -45,23 +46,45 @@ def bias_strides(bias: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]
     return (0, 0, 0, 0) if bias is None else bias.expand(shape).stride()
 
 
+def aligned(*parts: Tensor) -> int:
+    """The numbers that every head starts at a multiple of, for loads of 16 bytes: heads of 40 are multiples of 8 only.
+
+    Triton itself looks for multiples of 16 alone.
+    """
+    return 8 if all(stride % 8 == 0 for part in parts for stride in part.stride()[:3]) else 1
+
+
+def bias_kind(bias: Tensor | None) -> dict[str, bool]:
+    """Whether there is one, and whether it differs from query to query: one for the keys alone is a row, not a tile."""
+    return {"HAS_BIAS": bias is not None, "PER_QUERY": bias is not None and bias.shape[2] > 1}
+
+
+@triton.jit
+def _bias(bias_at, m, n, stride_bm, stride_bn, in_m, in_n, PER_QUERY: tl.constexpr):
+    """A tile of the bias, or the row of it that all queries share."""
+    at, inside = bias_at + n[None, :].to(tl.int64) * stride_bn, in_n[None, :]
+    if PER_QUERY:
+        at, inside = at + m[:, None].to(tl.int64) * stride_bm, inside & in_m[:, None]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit
 def _forward(
     Q, K, V, BIAS, OUT, LSE,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_om, stride_oh, stride_bb, stride_bh, stride_bm, stride_bn, heads, queries, keys, sm_scale,
-    SIZE: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIZE: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PER_QUERY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, MAIN)
     rest = MAIN + tl.arange(0, TAIL if TAIL else 16)
     in_m, in_rest = m < queries, rest < SIZE
-    q_at = Q + batch * stride_qb + head * stride_qh + m[:, None].to(tl.int64) * stride_qm
-    k_at = K + batch * stride_kb + head * stride_kh
-    v_at = V + batch * stride_vb + head * stride_vh
-    bias_at = BIAS + batch * stride_bb + head * stride_bh + m[:, None].to(tl.int64) * stride_bm
+    q_at = Q + tl.multiple_of(batch * stride_qb + head * stride_qh, ALIGN) + m[:, None].to(tl.int64) * stride_qm
+    k_at = K + tl.multiple_of(batch * stride_kb + head * stride_kh, ALIGN)
+    v_at = V + tl.multiple_of(batch * stride_vb + head * stride_vh, ALIGN)
+    bias_at = BIAS + batch * stride_bb + head * stride_bh
 
     q = tl.load(q_at + d[None, :], mask=in_m[:, None], other=0.0)
     acc = tl.zeros([BLOCK_M, MAIN], tl.float32)
@@ -74,15 +97,15 @@ def _forward(
         n = start + tl.arange(0, BLOCK_N)
         in_n = n < keys
         k_rows = k_at + n[None, :].to(tl.int64) * stride_kn
-        scores = tl.dot(q, tl.load(k_rows + d[:, None], mask=in_n[None, :], other=0.0))
+        k = tl.load(k_rows + d[:, None], mask=in_n[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision=EXACT)
         if TAIL:
             k_rest = tl.load(k_rows + rest[:, None], mask=in_n[None, :] & in_rest[:, None], other=0.0)
-            scores = tl.dot(q_rest, k_rest, scores)
+            scores = tl.dot(q_rest, k_rest, scores, input_precision=EXACT)
         # In powers of two, which the hardware has.
         scores = scores * (sm_scale * LOG2_E)
         if HAS_BIAS:
-            bias = tl.load(bias_at + n[None, :] * stride_bn, mask=in_m[:, None] & in_n[None, :], other=0.0)
-            scores += bias.to(tl.float32) * LOG2_E
+            scores += _bias(bias_at, m, n, stride_bm, stride_bn, in_m, in_n, PER_QUERY) * LOG2_E
         scores = tl.where(in_n[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A query all of whose keys so far are left out has nothing to subtract.
@@ -94,13 +117,13 @@ def _forward(
         v_rows = v_at + n[:, None].to(tl.int64) * stride_vn
         values = tl.load(v_rows + d[None, :], mask=in_n[:, None], other=0.0)
         share = share.to(values.dtype)
-        acc = tl.dot(share, values, acc * shrink[:, None])
+        acc = tl.dot(share, values, acc * shrink[:, None], input_precision=EXACT)
         if TAIL:
             v_rest = tl.load(v_rows + rest[None, :], mask=in_n[:, None] & in_rest[None, :], other=0.0)
-            acc_rest = tl.dot(share, v_rest, acc_rest * shrink[:, None])
+            acc_rest = tl.dot(share, v_rest, acc_rest * shrink[:, None], input_precision=EXACT)
 
     total_or_1 = tl.where(total == 0.0, 1.0, total)
-    out_at = OUT + batch * stride_ob + head * stride_oh + m[:, None].to(tl.int64) * stride_om
+    out_at = OUT + tl.multiple_of(batch * stride_ob + head * stride_oh, ALIGN) + m[:, None].to(tl.int64) * stride_om
     tl.store(out_at + d[None, :], (acc / total_or_1[:, None]).to(OUT.dtype.element_ty), mask=in_m[:, None])
     if TAIL:
         out_rest = (acc_rest / total_or_1[:, None]).to(OUT.dtype.element_ty)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
-from .attention import attention_with_lse
-from .backends import Backend
+from .attention import attention_with_lse, require_shapes
+from .backends import Backend, require
 
 
 def attention_maps(
@@ -35,20 +35,30 @@ def attention_maps(
         backend: "triton" or "reference".
 
     Raises:
-        BadInput: a token is no key, or the backend cannot run here.
+        BadInput: a token is no key, the shapes do not go together, or the backend cannot run here or gives no maps.
     """
-    low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+    require_shapes(q, k, k, bias)
+    require(backend, q.device, q.shape[-1], q.dtype)
+    if backend not in ("triton", "reference"):
+        raise BadInput(f"Attention {backend!r} gives no maps: use triton or reference.")
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
     if tokens.ndim != 1 or low < 0 or high >= k.shape[1]:
         raise BadInput(f"Tokens are numbers of keys, 0 to {k.shape[1] - 1} here, but {tokens.tolist()} were asked for.")
     if lse is None:
         _, lse = attention_with_lse(q, k, k, bias=bias, scale=scale, backend=backend)
+    if lse.shape != (len(q), q.shape[2], q.shape[1]):
+        raise BadInput(
+            f"The log-sum-exp of these is {(len(q), q.shape[2], q.shape[1])}, but was given as {tuple(lse.shape)}."
+        )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     chosen = None if bias is None else bias[..., tokens if bias.shape[-1] > 1 else slice(None)]
     if backend == "triton":
-        return maps(q, k, tokens, lse, chosen, scale)
-    scores = torch.einsum("bmhd,bthd->bhmt", q.float(), k[:, tokens].float()) * scale
-    scores = scores if chosen is None else scores + chosen.float()
-    return torch.exp(scores - lse.masked_fill(lse.isinf(), math.inf)[..., None]).mean(1)
+        mean: Tensor = maps(q, k, tokens, lse, chosen, scale)
+        return mean
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bmhd,bthd->bhmt", q.to(wide), k[:, tokens].to(wide)) * scale
+    scores = scores if chosen is None else scores + chosen.to(wide)
+    return torch.exp(scores - lse.masked_fill(lse.isinf(), math.inf)[..., None]).mean(1).to(torch.float32)
 
 
 @torch.library.custom_op("unrolled::attention_maps", mutates_args=())

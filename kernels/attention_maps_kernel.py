@@ -7,21 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import LOG2_E, bias_strides
+from .attention_forward import EXACT, LOG2_E, _bias, aligned, bias_kind, bias_strides
+from .tuning import maps_blocks
 
 
 def launch(q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(batch, queries, tokens) in float32."""
     batch, queries, heads, size = q.shape
     q, k = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k))
+    tokens = tokens.to(q.device).contiguous()
     out = torch.empty(batch, queries, len(tokens), dtype=torch.float32, device=q.device)
-    block_m, block_t = 64, 16
-    _maps[(triton.cdiv(queries, block_m), triton.cdiv(len(tokens), block_t), batch)](
+    blocks = maps_blocks(q)
+    _maps[(triton.cdiv(queries, blocks.queries), triton.cdiv(len(tokens), blocks.keys), batch)](
         q, k, tokens, lse.contiguous(), q if bias is None else bias, out,
         *q.stride()[:3], *k.stride()[:3], *bias_strides(bias, (batch, heads, queries, len(tokens))),
         heads, queries, len(tokens), scale,
-        SIZE=size, PADDED=max(16, triton.next_power_of_2(size)), HAS_BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_T=block_t,
+        SIZE=size, PADDED=max(16, triton.next_power_of_2(size)), ALIGN=aligned(q, k), **bias_kind(bias),
+        BLOCK_M=blocks.queries, BLOCK_T=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out
 
@@ -31,7 +33,8 @@ def _maps(
     Q, K, TOKENS, LSE, BIAS, OUT,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_bb, stride_bh, stride_bm, stride_bt,
     heads, queries, count, sm_scale,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ALIGN: tl.constexpr, HAS_BIAS: tl.constexpr, PER_QUERY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,17 +42,17 @@ def _maps(
     d = tl.arange(0, PADDED)
     in_m, in_t, in_d = m < queries, t < count, d < SIZE
     inside, rows = in_m[:, None] & in_t[None, :], m[:, None].to(tl.int64)
-    n = tl.load(TOKENS + t, mask=in_t, other=0)
+    n = tl.load(TOKENS + t, mask=in_t, other=0).to(tl.int64)
     mean = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     for head in range(heads):
-        q_at = Q + batch * stride_qb + head * stride_qh + rows * stride_qm
+        q_at = Q + tl.multiple_of(batch * stride_qb + head * stride_qh, ALIGN) + rows * stride_qm
         q = tl.load(q_at + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0)
-        k_at = K + batch * stride_kb + head * stride_kh + n[None, :] * stride_kn
+        k_at = K + tl.multiple_of(batch * stride_kb + head * stride_kh, ALIGN) + n[None, :] * stride_kn
         k = tl.load(k_at + d[:, None], mask=in_t[None, :] & in_d[:, None], other=0.0)
-        scores = tl.dot(q, k) * (sm_scale * LOG2_E)
+        scores = tl.dot(q, k, input_precision=EXACT) * (sm_scale * LOG2_E)
         if HAS_BIAS:
-            bias_at = BIAS + batch * stride_bb + head * stride_bh + rows * stride_bm + t[None, :] * stride_bt
-            scores += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            bias_at = BIAS + batch * stride_bb + head * stride_bh
+            scores += _bias(bias_at, m, t, stride_bm, stride_bt, in_m, in_t, PER_QUERY) * LOG2_E
         lse = tl.load(LSE + (batch * heads + head) * queries + m, mask=in_m, other=float("-inf"))
         # A query that is left no key attends to none.
         known = inside & (lse > float("-inf"))[:, None]

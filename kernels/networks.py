@@ -13,10 +13,12 @@ def set_attention(network: Any, name: str | None) -> None:
     CLIP's encoders keep transformers' own: they run once a prompt.
 
     Raises:
-        BadInput: xformers is there but cannot be used.
+        BadInput: xformers is there but cannot be used, or the backend is one of optimised networks.
     """
     if name in (None, "auto"):
         return
+    if name in ("triton", "chunked"):
+        raise BadInput(f"Attention {name!r} is one of optimised networks: say fast=True (--fast) too, or use sdpa.")
     if name == "xformers":
         try:
             network.enable_xformers_memory_efficient_attention()

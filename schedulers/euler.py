@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import BadInput
 from ..core.prediction import Prediction
 from ..core.solver import Draw, Evaluate, History
+from .multistep import Row
 
 
 def require_eta(eta: float) -> None:
@@ -45,6 +46,7 @@ class Euler:
 
     eta: float = 0.0
     variance: Literal["small", "large", "learned"] = "small"
+    predicts: ClassVar[str] = "x0"
 
     def __post_init__(self) -> None:
         require_eta(self.eta)
@@ -67,6 +69,15 @@ class Euler:
         if self.variance == "large":
             return mean.add_(noise(sigma, sigma_next), alpha=large), ()
         return mean.addcmul_(noise(sigma, sigma_next), _between(small, large, prediction)), ()
+
+    def row(self, sigma: float, sigma_next: float, history: History) -> tuple[Row, tuple[Tensor, ...]] | None:
+        """The step's numbers where it is linear and draws nothing (eta 0); it takes no earlier estimates."""
+        part = sigma_next / sigma
+        return None if self.eta else (Row(part, (1.0 - part,)), ())
+
+    def remembering(self, history: History, sigma: float, here: Prediction) -> History:
+        """Nothing."""
+        return ()
 
 
 def _between(small: float, large: float, prediction: Prediction) -> Tensor:

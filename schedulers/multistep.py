@@ -82,17 +82,30 @@ class Multistep:
         here = denoise(x, sigma)
         if self.corrector is not None and history and sigma not in self.uncorrected:
             x = self._corrected(self.corrector, here, x, sigma, history)
-        # The last ones of the history, newest first.
-        points: tuple[Prediction | Past, ...] = (here, *history[: -self._points(sigma_next, len(history) + 1) : -1])
-        row = self.weights(tuple(point.sigma for point in points), sigma, sigma_next)
+        row, earlier = self._row(sigma, sigma_next, history)
         x_next = x * row.x
+        points: tuple[Prediction | Past, ...] = (here, *earlier)
         for weight, point in zip(row.points, points, strict=True):
             x_next.add_(self._estimate(point), alpha=weight)
         if row.noise:
             x_next.add_(noise(sigma, sigma_next), alpha=row.noise)
+        return x_next, self.remembering(history, sigma, here)
+
+    def row(self, sigma: float, sigma_next: float, history: History) -> tuple[Row, tuple[Tensor, ...]] | None:
+        """The step's numbers and the earlier estimates they are for, newest first; None with a corrector or noise."""
+        row, earlier = self._row(sigma, sigma_next, history)
+        return None if self.corrector is not None or row.noise else (row, tuple(map(self._estimate, earlier)))
+
+    def remembering(self, history: History, sigma: float, here: Prediction) -> History:
+        """What the next step takes of this one and those before."""
         # The corrector needs the predictor's points once more.
         kept = self.order - 1 if self.corrector is None else max(self.order, self.corrector_points - 1)
-        return x_next, (*history, Past(sigma, here.x, here.x0))[-kept:] if kept else ()
+        return (*history, Past(sigma, here.x, here.x0))[-kept:] if kept else ()
+
+    def _row(self, sigma: float, sigma_next: float, history: History) -> tuple[Row, tuple[Past, ...]]:
+        # The last ones of the history, newest first.
+        earlier = history[: -self._points(sigma_next, len(history) + 1) : -1]
+        return self.weights((sigma, *(past.sigma for past in earlier)), sigma, sigma_next), earlier
 
     def _points(self, sigma_next: float, known: int, extra: int = 0) -> int:
         """How many points the step to ``sigma_next`` takes; ``extra`` ones beside the predictor's for a corrector."""

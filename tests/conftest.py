@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+
+# Triton settles at its import, which diffusers brings about, whether kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+import unrolled
 from unrolled.core.latents import LatentSpace
 from unrolled.core.loading import Model, Prior, load, load_prior
 from unrolled.miniatures.tiny import write_tiny
 from unrolled.miniatures.tiny_kandinsky import write_tiny_kandinsky, write_tiny_prior
 from unrolled.miniatures.tiny_sdxl import write_tiny_sdxl
 from unrolled.miniatures.tiny_upscalers import write_tiny_x2, write_tiny_x4
+
+del os.environ["TRITON_INTERPRET"]
+
+# The repository's root is the package, and pytest would import it once more, under its folder's name.
+sys.modules.setdefault(Path(unrolled.__file__).resolve().parent.name, unrolled)
 
 
 @pytest.fixture(scope="session")

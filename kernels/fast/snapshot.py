@@ -1,0 +1,63 @@
+"""Whether a network still is the one that was captured: asked before every replay, which would not notice otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
+from torch import nn
+
+from .shared import Shared
+from .untouched import hooked_everywhere
+
+
+class Snapshot:
+    """What a captured step depends on beside its inputs: the modules, hooks, forwards and where the weights lie.
+
+    The values of weights are not part of it: a replay reads them anew. It takes well under a millisecond to compare,
+    while the device is still busy with the step before.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._parents = [m._modules for m in modules if m._modules]
+        self._attributes = [m.__dict__ for m in modules]
+        self._weights = [m._parameters for m in modules if m._parameters]
+        self._state = self._look()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return not any(self._hooks) and hooked_everywhere() is None and self._look() == self._state
+
+    def _look(self) -> tuple[list[Any], ...]:
+        children = [child for parent in self._parents for child in parent.values()]
+        keys = ("forward", "processor", "training")
+        replaced = [id(attributes.get(key)) for attributes in self._attributes for key in keys]
+        at = [None if p is None else p.data_ptr() for weights in self._weights for p in weights.values()]
+        return [id(child) for child in children], replaced, at
+
+
+def strangers(network: nn.Module, shared: Shared) -> str | None:
+    """Why a network cannot be captured: something in it that is neither torch's, diffusers' nor ours; None if it can.
+
+    What others put in may act otherwise at every step (a hook), or have settings that change (LoRA's scale).
+    """
+    if why := hooked_everywhere():
+        return why
+    for name, m in network.named_modules():
+        at = name or "the network"
+        if m._forward_hooks or m._forward_pre_hooks:
+            return f"{at} has a hook"
+        if not type(m).__module__.startswith(("torch.nn.", "diffusers.models.")):
+            return f"{at} is a {type(m).__module__.split('.')[0]} {type(m).__name__}"
+        if m.__dict__.get("forward") is not shared.forwards.get(m):
+            return f"the forward of {at} was replaced"
+        processor = getattr(m, "processor", None)
+        if processor is not None and type(processor) not in (AttnProcessor2_0, AttnAddedKVProcessor2_0):
+            return f"{at} has a {type(processor).__name__}"
+    return None

@@ -1,0 +1,85 @@
+"""The GPU benchmarks without a GPU: they refuse in one sentence, their harness is right, their report is made of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import unrolled
+
+BENCHMARKS = Path(unrolled.__file__).parent / "benchmarks"
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(unrolled.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    script, *rest = command
+    line = [sys.executable, str(BENCHMARKS / script), *map(str, rest)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and they would measure it")
+@pytest.mark.parametrize("script", ["unet_step.py", "pipelines.py"])
+def test_without_a_card_they_refuse_in_one_sentence(script: str) -> None:
+    done = run(script)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "This benchmark measures a CUDA card and there is none here: use --check to try it on the CPU."
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [["unet_step.py", "--compile"], ["unet_step.py", "--scaling"], ["pipelines.py"]], ids=str)
+def test_the_harness(script: list[str]) -> None:
+    done = run(*script, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ours graph, sdpa" in done.stdout
+
+
+def step_result(refused: bool = False) -> dict[str, Any]:
+    side: dict[str, Any] = {"first_call_s": 1.5, "error_against_fp32": 0.004, "peak_gib": 9.5}
+    side |= {"launches": {"on_device": 2000, "from_host": 1990}, "ms": {"q0.2": 9.0, "q0.5": 10.0, "q0.8": 11.0}}
+    ours = side | {"ms": {"q0.2": 4.0, "q0.5": 5.0, "q0.8": 6.0}, "of_floor": 0.5}
+    job = {
+        "structure": "sd-1.5", "pixels": 512, "batch": 1, "dtype": "bfloat16", "floor_ms": 2.5,
+        "sides": {"diffusers eager": side | {"of_floor": 0.25}, "ours graph": {"refused": "no"} if refused else ours},
+    }  # fmt: skip
+    where = {
+        "card": "Card 9", "multiprocessors": 7, "memory_gib": 1.0, "cuda": "13.0", "when": "then",
+        "versions": {"torch": "2.11", "unrolled": None}, "clocks": {"driver_version": "580", "clocks.sm": "1 MHz"},
+    }  # fmt: skip
+    return {"environment": where, "jobs": [job], "left_out": ["x2"]}
+
+
+def test_the_report_is_made_of_result_files(tmp_path: Path) -> None:
+    (tmp_path / "unet_step.json").write_text(json.dumps(step_result()))
+    (tmp_path / "scaling.json").write_text(json.dumps(step_result(refused=True)))
+    done = run("report.py", "--results", tmp_path, "--output", tmp_path / "out" / "page.md")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "page.md").read_text()
+    assert "| ours graph | 5.00 | 4.00–6.00 | 2.00 | 50% | 4.0e-03 | 9.5 | 1.5 | 2000 | 1990 |" in page
+    assert "On one Card 9 (7 multiprocessors, 1.0 GiB), driver 580, CUDA 13.0, torch 2.11; clocks at the start 1 MHz" in page
+    assert "Not measured, for want of time: x2." in page
+    assert "Not measured yet: `python benchmarks/pipelines.py`." in page
+    pictures = re.findall(r"\]\((.*?)\)", page)
+    assert pictures == ["page/unet_step.png", "page/scaling.png"]
+    assert all((tmp_path / "out" / picture).stat().st_size > 1000 for picture in pictures)
+
+
+def test_a_side_that_could_not_run_is_a_line_that_says_why(tmp_path: Path) -> None:
+    (tmp_path / "unet_step.json").write_text(json.dumps(step_result(refused=True)))
+    page = run("report.py", "--results", tmp_path).stdout
+    assert "| ours graph | no |" in page
+
+
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "results").glob("cpu_unet.json")), ids=lambda f: f.name)
+def test_the_results_there_are_can_be_read(file: Path) -> None:
+    page = run("report.py").stdout
+    found = json.loads(file.read_text())
+    assert all(f"| {name} |" in page for name in found["sides"])
