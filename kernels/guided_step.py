@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.prediction import Kind, Prediction
+from ..core.prediction import Kind, Preconditioned, Prediction, preconditioning
 from .backends import Choice, ours
 
 Row = tuple[float, tuple[float, ...], float]
@@ -102,11 +102,16 @@ def step_numbers(guidance_scale: float, kind: Kind, sigma: float, row: Row, pred
 
     They are the guidance scale, x and output in x0, x and output in the newest point, x and noise in the step.
     """
-    variance = 1.0 + sigma**2
-    x0 = {"x0": (0.0, 1.0), "epsilon": (1.0, -sigma), "v": (1.0 / variance, -sigma / variance**0.5)}[kind]
-    point = x0
-    if predicts == "eps":
-        point = {"epsilon": (0.0, 1.0), "v": (sigma / variance, 1.0 / variance**0.5)}.get(kind) or (1 / sigma, -1 / sigma)
+    if kind == "x0":
+        x0, eps = (0.0, 1.0), (1.0 / sigma, -1.0 / sigma)
+    elif kind == "epsilon":
+        x0, eps = (1.0, -sigma), (0.0, 1.0)
+    else:
+        data, sign = preconditioning(kind).sigma_data, preconditioning(kind).sign
+        variance = data**2 + sigma**2
+        x0 = (data**2 / variance, sign * data * sigma / variance**0.5)
+        eps = (sigma / variance, -sign * data / variance**0.5)
+    point = eps if predicts == "eps" else x0
     keep, points, fresh = row
     return guidance_scale, *x0, *point, keep, fresh, *points, *(0.0,) * (1 + EARLIER - len(points))
 
@@ -132,13 +137,14 @@ def _require(
     x: Tensor,
     cond: Tensor,
     uncond: Tensor | None,
-    kind: str,
+    kind: Kind,
     predicts: str,
     row: Row,
     history: Sequence[Tensor],
     noise: Tensor | None,
 ) -> None:
-    if kind not in ("epsilon", "v", "x0") or predicts not in ("x0", "eps"):
+    known = isinstance(kind, Preconditioned) or kind in ("epsilon", "v", "x0")
+    if not known or predicts not in ("x0", "eps"):
         raise BadInput(
             f"A network's output is epsilon, v or x0 and a method extrapolates x0 or eps, not {kind!r} and {predicts!r}."
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from unrolled.core.conditioning import Conditioning
 from unrolled.core.errors import BadInput
 from unrolled.core.guidance import classifier_free
-from unrolled.core.prediction import Kind, Prediction
+from unrolled.core.prediction import Kind, Preconditioned, Prediction
 from unrolled.core.solver import Past
 from unrolled.kernels import guided_step as module
 from unrolled.kernels import timestep_embedding as embedding_module
@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 Draw = Callable[..., Tensor]
 Agree = Callable[..., None]
 HALF, SINGLE = torch.float16, torch.float32
-KINDS: list[Kind] = ["epsilon", "v", "x0"]
+KINDS: list[Kind] = ["epsilon", "v", "x0", Preconditioned(0.5)]
 ROWS = [Row(0.5, (0.7,)), Row(0.9, (0.7, -0.2), 0.3), Row(1.0, (2.0, -1.0, 0.3, 0.1, -0.4)), Row(0.0, (1.0,), 1.0)]
 
 
