@@ -39,11 +39,11 @@ def classifier_free(
     """
     if not 0.0 <= rescale <= 1.0:
         raise BadInput(f"Guidance rescale goes from 0 (off) to 1, got {rescale:g}.")
-    pair = paired(cond, uncond)
+    together, pair = batched and cond.stackable(uncond), paired(cond, uncond)
 
     def both(x: Tensor, sigma: float, timestep: float) -> tuple[Prediction, Tensor, Tensor]:
         """The conditional prediction, but for its output, and the two outputs."""
-        if not (batched and cond.stackable(uncond)):
+        if not together:
             without = network(x, sigma, timestep, uncond).out
             prediction = network(x, sigma, timestep, cond)
             return prediction, without, prediction.out
