@@ -68,14 +68,7 @@ class UNetDenoiser:
             BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's, or the
                 conditioning holds what this UNet cannot take or lacks what it needs.
         """
-        conditioning = self.ready(conditioning, x)
-        out = self.unet(
-            with_channels_of(conditioning, self.scaled(x, sigma), self.unet.config.in_channels),
-            told(self.tells(sigma, timestep), x),
-            **self.arguments(conditioning),
-            return_dict=False,
-        )[0]
-        return self.read(out, x, sigma)
+        return _asked(self, x, sigma, timestep, conditioning)
 
     def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
         """The conditioning as the UNet takes it: one for each of ``x``, where and in what precision the UNet is."""
@@ -127,14 +120,7 @@ class UpscalerDenoiser:
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """As for :class:`UNetDenoiser`, but the timestep is not looked at, and sigma 0 is a BadInput."""
-        conditioning = self.ready(conditioning, x)
-        out = self.unet(
-            with_channels_of(conditioning, self.scaled(x, sigma), self.unet.config.in_channels),
-            told(self.tells(sigma, timestep), x),
-            **self.arguments(conditioning),
-            return_dict=False,
-        )[0]
-        return self.read(out, x, sigma)
+        return _asked(self, x, sigma, timestep, conditioning)
 
     def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
         """As of :class:`UNetDenoiser`."""
@@ -192,6 +178,20 @@ class PriorDenoiser:
             return_dict=False,
         )[0]
         return Prediction(out.to(x.dtype).view_as(x), x, sigma, self.kind)
+
+
+def _asked(
+    network: UNetDenoiser | UpscalerDenoiser, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning
+) -> Prediction:
+    """The UNet called with what its wrapper makes of the arguments."""
+    conditioning = network.ready(conditioning, x)
+    out = network.unet(
+        with_channels_of(conditioning, network.scaled(x, sigma), network.unet.config.in_channels),
+        told(network.tells(sigma, timestep), x),
+        **network.arguments(conditioning),
+        return_dict=False,
+    )[0]
+    return network.read(out, x, sigma)
 
 
 def told(timestep: float, x: Tensor) -> Tensor:
