@@ -77,8 +77,12 @@ class UNetDenoiser:
 
     def scaled(self, x: Tensor, sigma: float) -> Tensor:
         """``x`` in unit variance, as the UNet takes it."""
-        variance = preconditioning(self.kind).sigma_data ** 2 + sigma**2
-        return (x * (1.0 / variance**0.5 if self.scale_input else 1.0)).to(self.dtype)
+        return (x * self.input_scale(sigma)).to(self.dtype)
+
+    def input_scale(self, sigma: float) -> float:
+        """What brings ``x`` to unit variance."""
+        variance: float = preconditioning(self.kind).sigma_data ** 2 + sigma**2
+        return 1.0 / variance**0.5 if self.scale_input else 1.0
 
     def tells(self, sigma: float, timestep: float) -> float:
         """What the UNet is told of the noise level."""
@@ -129,8 +133,11 @@ class UpscalerDenoiser:
 
     def scaled(self, x: Tensor, sigma: float) -> Tensor:
         """``x`` in unit variance, as the UNet takes it."""
-        scaled: Tensor = x * (1.0 / (1.0 + sigma**2) ** 0.5)
-        return scaled.to(self.dtype)
+        return (x * self.input_scale(sigma)).to(self.dtype)
+
+    def input_scale(self, sigma: float) -> float:
+        """What brings ``x`` to unit variance."""
+        return float(1.0 / (1.0 + sigma**2) ** 0.5)
 
     def tells(self, sigma: float, timestep: float) -> float:
         """``ln(sigma) / 4``."""

@@ -116,7 +116,7 @@ class CapturedStep:
         row, earlier = (coming.row, coming.earlier) if asked and coming is not None else ((1.0, (0.0,), 0.0), ())
         numbers = step_numbers(scale, self._kind, sigma, row, getattr(self.inner_solver, "predicts", "x0"))
         tells = inner.tells(sigma, timestep)
-        out, guided, x_next, x0 = piece.run(x, self._input_scale(sigma), numbers, earlier, kept, tells)
+        out, guided, x_next, x0 = piece.run(x, inner.input_scale(sigma), numbers, earlier, kept, tells)
         prediction = inner.read(out, x, sigma)
         if scale > 1.0:
             without, with_ = prediction.out.chunk(2)
@@ -153,10 +153,6 @@ class CapturedStep:
         """How many earlier estimates the solver takes at most."""
         order = getattr(self.inner_solver, "order", 1) if hasattr(self.inner_solver, "row") else 1
         return min(int(order) - 1, EARLIER)
-
-    def _input_scale(self, sigma: float) -> float:
-        scaled = self.fast.inner.scale_input if isinstance(self.fast.inner, UNetDenoiser) else True
-        return 1.0 / (1.0 + sigma**2) ** 0.5 if scaled else 1.0
 
     def _piece(self, x: Tensor, guided: bool) -> Piece | None:
         """The piece for these latents, made if need be; None if the step has to run in parts."""

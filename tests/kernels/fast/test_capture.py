@@ -16,7 +16,7 @@ from unrolled.core.guidance import classifier_free, per_step
 from unrolled.core.latents import Latents
 from unrolled.core.loading import Model
 from unrolled.core.loop import denoise, steps
-from unrolled.core.prediction import Prediction
+from unrolled.core.prediction import Kind, Preconditioned, Prediction
 from unrolled.core.schedule import Schedule
 from unrolled.kernels.fast import captured, fast_of, optimise
 from unrolled.kernels.fast.capture import AT_MOST
@@ -65,6 +65,18 @@ def test_every_solver_gives_the_same(sides: Sides, off: Off, solver: Any) -> Non
     plain = sides.plain(batch=2)
     with optimise(sides.model.unet):
         assert off(sides.run(sides.step(), batch=2), plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "x0", Preconditioned(0.5), Preconditioned(0.5, -1)], ids=str)
+@pytest.mark.parametrize("scale_input", [True, False])
+def test_every_kind_of_network_gives_the_same(sides: Sides, off: Off, kind: Kind, scale_input: bool) -> None:
+    network = sides.model.denoiser_of(kind, scale_input=scale_input)
+    start = latents(sides.model)
+    guided = classifier_free(network, sides.cond, sides.uncond, 3.0)
+    plain = denoise(guided, start, SCHEDULE, sides.solver).x
+    with optimise(sides.model.unet):
+        step = captured(network, sides.cond, sides.uncond, 3.0, SCHEDULE, sides.solver, mode="graph")
+        assert off(denoise(step.denoiser, start, SCHEDULE, step.solver).x, plain) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["auto", "graph"])
