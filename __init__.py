@@ -15,6 +15,7 @@ from .core.noise import Brownian, DiffusersNoise, Noise
 from .core.prediction import Prediction
 from .core.schedule import Schedule
 from .core.solver import History, Past, Solver
+from .kernels.attending import attending
 from .schedulers import (
     DDIM,
     DDPM,
@@ -114,6 +115,7 @@ __all__ = [
     "UnrolledError",
     "UpscalerDenoiser",
     "add_noise",
+    "attending",
     "blend",
     "classifier_free",
     "composite",
