@@ -17,7 +17,7 @@ from ..core.denoiser import Denoiser, conditioned
 from ..core.guidance import classifier_free
 from ..core.latents import Latents
 from ..core.loading import Model
-from ..core.loop import Step, denoise
+from ..core.loop import Point, Step, denoise
 from ..core.noise import Brownian, Noise, NoiseSource
 from ..stages.image import encode_image
 from ..stages.inpaint import (
@@ -48,11 +48,13 @@ def text_to_image(
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
+    since: Point | None = None,
 ) -> Latents:
     """Pure noise to latents of what the prompt says.
 
     Args:
         prompts: ready-made conditioning in place of the stage's prompts; Kandinsky's needs its prior.
+        since: where the stage was left, to go on from there.
     """
     spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler)
@@ -60,7 +62,7 @@ def text_to_image(
     cond, uncond = prompts or encode_prompts(model, spec, latents.size)
     if spec.faithful and model.system == "sdxl":
         cond, uncond = sizes_in_turn(cond, uncond, len(latents))
-    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source)
+    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source, since)
 
 
 def image_to_image(
@@ -70,14 +72,16 @@ def image_to_image(
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
+    since: Point | None = None,
 ) -> Latents:
     """Noise clean latents to the strength's level and denoise them; or go on from noisy ones."""
     model.space.require(start.space, f"The model {model.name}")
     spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler, None if spec.start == "strength" else start.sigma)
-    latents = add_noise(start, run.schedule, unit_noise(start, source)) if spec.start == "strength" else start
+    if spec.start == "strength" and since is None:
+        start = add_noise(start, run.schedule, unit_noise(start, source))
     cond, uncond = prompts or encode_prompts(model, spec, start.size)
-    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source)
+    return _denoised(run, guided(model, spec, run, cond, uncond), start, hooks, source, since)
 
 
 def inpaint(
@@ -90,6 +94,7 @@ def inpaint(
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
+    since: Point | None = None,
 ) -> Latents:
     """Repaint where the mask is white, with a UNet of 9 channels or, blending every step, of 4.
 
@@ -117,12 +122,12 @@ def inpaint(
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
     denoiser = guided(model, spec, run, cond, uncond)
     if clean is None or not blends:
-        return _denoised(run, denoiser, start, hooks, source)
+        return _denoised(run, denoiser, start, hooks, source, since)
     # diffusers' Kandinsky keeps the latents it starts from for the unit noise they were made of.
     known_at = known(clean, start.x if _unscaled(model, spec, run) else unit, run.schedule)
     pure = math.inf if run.schedule.first else run.schedule.sigmas[0]
     denoiser = keeping_known(denoiser, cells, known_at, pure)
-    return _denoised(run, denoiser, start, [keep_known(cells, known_at), *hooks], source)
+    return _denoised(run, denoiser, start, [keep_known(cells, known_at), *hooks], source, since)
 
 
 def upscale(
@@ -134,6 +139,7 @@ def upscale(
     hooks: Sequence[Hook] = (),
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
+    since: Point | None = None,
 ) -> Latents:
     """Latents to those of a picture twice as large, or pictures to latents of one four times as large."""
     spec = filled(spec, model.system)
@@ -150,14 +156,17 @@ def upscale(
     uncond = replace(uncond.expand(len(cond)), channels=cond.channels, class_labels=cond.class_labels)
     denoiser = guided(model, spec, run, cond, uncond)
     latents = noise(model, run.whole, height, width, seeds, stream=stream, source=source)
-    return _denoised(run, denoiser, latents, hooks, source)
+    return _denoised(run, denoiser, latents, hooks, source, since)
 
 
-def _denoised(run: Run, denoiser: Denoiser, start: Latents, hooks: Sequence[Hook], source: NoiseSource | None) -> Latents:
-    """The run, its noise from the latents' own seeds, step by step or along one path as the solver has it."""
+def _denoised(
+    run: Run, denoiser: Denoiser, start: Latents, hooks: Sequence[Hook], source: NoiseSource | None, since: Point | None
+) -> Latents:
+    """The run, or the rest of it; noise from the latents' own seeds, step by step or along one path as the solver has it."""
+    start, schedule = (start, run.schedule) if since is None else (since.latents, since.rest(run.schedule))
     if source is None and run.config.brownian:
         source = Brownian(start.seeds, start.stream)
-    return denoise(denoiser, start, run.schedule, run.solver, hooks, source)
+    return denoise(denoiser, start, schedule, run.solver, hooks, source)
 
 
 def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ from .tasks import Task, perform
 Watch = Callable[[Stage, Step], object]
 """Called after every step; a progress bar, say."""
 
+Observe = Callable[[Task], AbstractContextManager[Sequence[jobs.Hook]]]
+"""Entered before every denoising stage and left after it: what it gives sees, and may edit, every step."""
+
 Sources = Callable[[], NoiseSource]
 
 
@@ -41,6 +45,7 @@ def run(
     *,
     free: bool = False,
     sources: Sources | None = None,
+    observe: Observe | None = None,
 ) -> Result:
     """Run every stage and write what the chain asks for into ``folder`` (nothing is written without one).
 
@@ -52,6 +57,7 @@ def run(
         watch: called after every step.
         free: let go of every model that no later stage needs, and before the first stage of all others on the shelf.
         sources: gives every stage, and every prior, its source of noise in place of the seeds; for comparisons.
+        observe: looks into every denoising stage.
 
     Raises:
         UnrolledError: what went wrong, with the stage's name.
@@ -64,7 +70,7 @@ def run(
     if folder is not None:
         require_writable(folder)
     chain = chain.model_copy(update={"stages": tuple(item.stage for item in plans)})
-    runner, machine = Runner(chain, plans, shelf, watch, free, sources), Machine.of(shelf)
+    runner, machine = Runner(chain, plans, shelf, watch, free, sources, observe), Machine.of(shelf)
     try:
         result = runner.run()
         if folder is not None:
@@ -79,7 +85,7 @@ def run(
     half = chain.batch // 2
     rest = chain.model_copy(update={"seed": chain.seed + half, "batch": chain.batch - half})
     first, second = (
-        run(part, shelf, folder, watch, free=free, sources=sources)
+        run(part, shelf, folder, watch, free=free, sources=sources, observe=observe)
         for part in (chain.model_copy(update={"batch": half}), rest)
     )
     return joined(first, second, f"The batch did not fit into memory and was run in parts of {half}.")
@@ -96,9 +102,10 @@ class Runner:
         watch: Watch | None,
         free: bool,
         sources: Sources | None,
+        observe: Observe | None,
     ) -> None:
         self.chain, self.plans, self.shelf, self.watch, self.frees = chain, plans, shelf, watch, free
-        self.sources = sources
+        self.sources, self.observe = sources, observe
         self.seeds, self.result, self.last = chain.seeds(), Result(), list[Step]()
         self.model: Model | None = None
 
@@ -150,8 +157,10 @@ class Runner:
             hooks=self.hooks(stage, pictures),
             inputs=self.result.inputs,
             frame=frame,
+            pictures=pictures,
         )
-        made = perform(task)
+        with self.observe(task) if self.observe else nullcontext(()) as hooks:
+            made = perform(replace(task, hooks=[*task.hooks, *hooks]))
         return Output(made, decoder=pictures) if isinstance(made, Latents) else Output(made=made)
 
     def finished(self, stage: Stage, before: Output | None) -> Output:

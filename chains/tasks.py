@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from PIL import Image, ImageOps
 
 from ..core.errors import BadInput
 from ..core.latents import Latents
 from ..core.loading import Model
+from ..core.loop import Point
 from ..core.noise import NoiseSource
 from ..core.source import enlarges
 from ..stages.decode import decode
@@ -35,6 +37,8 @@ class Task:
         prompts: ready-made conditioning, Kandinsky's.
         inputs: is filled with the picture files that were read.
         frame: called with what every repetition but the last has made.
+        pictures: decodes latents of this stage, at any step of it and after it.
+        since: where the stage was left, to go on from there.
     """
 
     plan: StagePlan
@@ -48,29 +52,50 @@ class Task:
     hooks: Sequence[jobs.Hook]
     inputs: dict[str, Image.Image]
     frame: Callable[[Latents], object]
+    pictures: Callable[[Latents], list[Image.Image]]
+    since: Point | None = None
 
 
 def perform(task: Task) -> Latents | list[Image.Image]:
     """Latents, or the pictures of an inpainting whose kept pixels were put back."""
     stage = task.plan.stage
     if isinstance(stage, TextToImage):
-        return jobs.text_to_image(task.model, stage, task.seeds, task.stream, task.hooks, task.source, task.prompts)
+        return jobs.text_to_image(task.model, stage, task.seeds, task.stream, **_common(task))
     if isinstance(stage, ImageToImage):
         return _image_to_image(task, stage)
     if isinstance(stage, Inpaint):
         return _inpaint(task, stage)
     assert isinstance(stage, Upscale)
     small = _pictures(task, stage) if task.model.system == "x4" else _clean(task, stage)
-    return jobs.upscale(task.model, stage, small, task.seeds, task.stream, task.hooks, task.source, task.prompts)
+    return jobs.upscale(task.model, stage, small, task.seeds, task.stream, **_common(task))
+
+
+class _Common(TypedDict):
+    hooks: Sequence[jobs.Hook]
+    source: NoiseSource | None
+    prompts: Pair | None
+    since: Point | None
+
+
+def _common(task: Task) -> _Common:
+    """What every kind of stage takes."""
+    return {"hooks": task.hooks, "source": task.source, "prompts": task.prompts, "since": task.since}
 
 
 def _image_to_image(task: Task, stage: ImageToImage) -> Latents:
-    latents = _clean(task, stage) if stage.start == "strength" else _noisy(task, stage)
-    for count in range(stage.repeat):
+    if task.since is not None and stage.start == "strength":
+        latents = task.since.latents
+    else:
+        latents = _clean(task, stage) if stage.start == "strength" else _noisy(task, stage)
+    streams = [task.stream, *(f"{task.stream}/{count}" for count in range(1, stage.repeat))]
+    if stage.repeat > 1 and task.since is not None:  # each repetition draws from a stream of its own
+        streams = streams[streams.index(task.since.latents.stream) :]
+    for count, stream in enumerate(streams):
         if count:
             task.frame(latents)
-            latents = latents.handed_on(f"{task.stream}/{count}")
-        latents = jobs.image_to_image(task.model, stage, latents, task.hooks, task.source, task.prompts)
+            task = replace(task, since=None)
+            latents = latents.handed_on(stream)
+        latents = jobs.image_to_image(task.model, stage, latents, **_common(task))
     return latents
 
 
@@ -80,12 +105,10 @@ def _inpaint(task: Task, stage: Inpaint) -> Latents | list[Image.Image]:
     if stage.fit:
         mask = ImageOps.fit(mask, originals[0].size, Image.Resampling.LANCZOS)
     task.inputs[stage.mask] = mask
-    latents = jobs.inpaint(
-        task.model, stage, originals, mask, task.seeds, task.stream, task.hooks, task.source, task.prompts
-    )
+    latents = jobs.inpaint(task.model, stage, originals, mask, task.seeds, task.stream, **_common(task))
     if not stage.composite or not latents.is_clean:
         return latents
-    painted = decode(task.model, latents, tiled=stage.tiled)
+    painted = task.pictures(latents)
     return [composite(originals[i % len(originals)], p, mask, stage.mask_blur) for i, p in enumerate(painted)]
 
 

@@ -19,6 +19,23 @@ from .schedule import Schedule
 from .solver import History, Solver
 
 
+@dataclass(frozen=True)
+class Point:
+    """Where a run stands between two steps: all that going on from there takes.
+
+    Args:
+        latents: with what the solver remembers.
+        step: the index of the step that comes next, in the whole run.
+    """
+
+    latents: Latents
+    step: int
+
+    def rest(self, schedule: Schedule) -> Schedule:
+        """What is left of the schedule that the run is on."""
+        return schedule[max(0, self.step - schedule.first) :]
+
+
 @dataclass
 class Step:
     """The record of one step, and the only mutable value: edit ``x`` and the run goes on from there.
@@ -70,6 +87,11 @@ class Step:
     def latents(self) -> Latents:
         """Where the run stands, ready to be saved, decoded (at the end) or handed on."""
         return replace(self.start, x=self.x, sigma=self.sigma_next, history=self.history, end=self.end)
+
+    @property
+    def point(self) -> Point:
+        """Where the run stands now."""
+        return Point(self.latents, self.index + 1)
 
     @property
     def preview(self) -> Latents:
