@@ -18,13 +18,13 @@ import unrolled
 from PIL import Image
 
 ROOT = Path(unrolled.__file__).parent
-NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "build", "dist"}
+NOT_THE_PACKAGE = {"tests", "benchmarks", "docs", "examples", "notebooks", "build", "dist", "wheels"}
 
 VALUES = {
-    "conditioning", "denoiser", "errors", "files", "guidance", "latents", "mixture", "noise", "prediction", "schedule",
-    "solver",
+    "conditioning", "control", "denoiser", "errors", "files", "guidance", "latents", "mixture", "noise", "prediction",
+    "schedule", "solver",
 }  # fmt: skip
-LOADING = {"catalog", "checkpoint", "hub", "loading", "single_file", "source", "weights", "memory", "model"}
+LOADING = {"catalog", "checkpoint", "companions", "hub", "image_adapter", "loading", "single_file", "source", "weights", "memory", "model"}
 
 GROUND = {"values", "kernels"}
 MAY_IMPORT = {
@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "chains": {*GROUND, "schedulers", "loop", "loading", "stages", "chains"},
     "miniatures": {*GROUND, "schedulers", "loop", "loading", "stages", "chains", "miniatures"},
     "top": {*GROUND, "schedulers", "loop", "loading", "stages", "chains"},
-    "main": {*GROUND, "schedulers", "loop", "loading", "stages", "chains", "main"},
+    "commands": {*GROUND, "schedulers", "loop", "loading", "stages", "chains", "commands"},
+    "main": {*GROUND, "schedulers", "loop", "loading", "stages", "chains", "commands", "main"},
 }
 
 

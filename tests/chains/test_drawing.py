@@ -234,7 +234,7 @@ def test_the_documents_show_what_is_printed(
     text = (Path(command.__file__).parent / "docs" / "chains.md").read_text(encoding="utf-8")
     page = text[text.index("## The plan") : text.index("## The chains that come along")]
     shown = [line[4:].rstrip() for line in page.split("```python")[0].splitlines() if line.startswith("    ")]
-    monkeypatch.setattr(command, "out", Console(width=80))
+    monkeypatch.setattr("unrolled.commands.plan.out", Console(width=80))
     settings = ["refiner.steps=30", "refiner.guidance_rescale=0.7", "refiner.guidance_scale=1.0"]
     assert unrolled(monkeypatch, "base-to-refiner", "--device", "cpu", *(p for s in settings for p in ("--set", s))) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
