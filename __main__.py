@@ -7,15 +7,16 @@ import sys
 
 import typer
 
+from .commands.film import film
 from .commands.options import say
 from .commands.plan import doctor, models, plan
-from .commands.run import run
+from .commands.run import resume, run
 from .core.errors import OutOfMemory, UnrolledError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="The diffusion pipeline, unrolled."
 )
-for command in (run, plan, models, doctor):
+for command in (run, film, plan, models, doctor):
     app.command()(command)
 
 

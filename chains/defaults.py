@@ -34,6 +34,7 @@ def filled(spec: SpecT, system: System) -> SpecT:
     if spec.guidance_scale is None:
         own = usual.inpaint_guidance_scale if isinstance(spec, Inpaint) else None
         given["guidance_scale"] = usual.guidance_scale if own is None else own
-    if isinstance(spec, ImageToImage | Inpaint) and spec.strength is None and spec.first_step is None:
+    goes_on = isinstance(spec, ImageToImage) and spec.start != "strength"
+    if isinstance(spec, ImageToImage | Inpaint) and not goes_on and spec.strength is None and spec.first_step is None:
         given["strength"] = usual.inpaint_strength if isinstance(spec, Inpaint) else usual.strength
     return spec.model_copy(update=given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,6 @@ from PIL import Image
 
 from ..core.files import claim, write_atomically
 from ..core.latents import Latents, batch
-from ..core.loop import Step
 from ..stages import finish
 from .chain import Chain
 from .record import Machine, encode, manifest, parameters
@@ -75,10 +74,17 @@ def joined(first: Result, second: Result, note: str) -> Result:
     return first
 
 
-def write(chain: Chain, result: Result, machine: Machine, folder: Path, stem: str = "output") -> None:
-    """Write what the chain asks for, one set of files per image; nothing is overwritten."""
+def write(
+    chain: Chain,
+    result: Result,
+    machine: Machine,
+    folder: Path,
+    stem: str = "output",
+    announce: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Write what the chain asks for, one set of files per image; nothing is overwritten, and names are announced first."""
     for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
-        name = claim(folder, stem, ".json")
+        name = claim(folder, stem, ".json", announce)
         facts = manifest(chain, seed, result.models, machine, result.notes, result.seconds)
         text = parameters(chain, seed, picture.size)
         try:
@@ -111,20 +117,9 @@ def sheet(result: Result, index: int = 0, high: int | None = None) -> Image.Imag
     return finish.grid(alike, columns=len(alike), labels=labels)
 
 
-def rescue(chain: Chain, result: Result, machine: Machine, last: Sequence[Step], folder: Path | None) -> None:
-    """Write what is there before an error goes on up; a further error must not hide the first."""
-    if folder is None:
-        return
+def rescue(chain: Chain, result: Result, machine: Machine, folder: Path) -> None:
+    """Write the pictures of the stages that are finished before an error goes on up."""
     finished = [output for output in result.outputs.values() if output.is_picture]
     if finished and finished[-1] is list(result.outputs.values())[-1]:
-        with suppress(Exception):
+        with suppress(Exception):  # a further error must not hide the first
             write(chain.model_copy(update={"grid": False, "gif": False}), result, machine, folder, "unfinished")
-    if last:
-        with suppress(Exception):
-            path = claim(folder, "interrupted", ".safetensors").with_suffix(".safetensors")
-            try:
-                last[0].latents.save(path)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-            result.files.append(path)

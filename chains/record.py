@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +50,30 @@ class Machine(NamedTuple):
     revision: str | None = None
     attention: str | None = None
     fast: bool = False
+    offload: str = "auto"
+    vram: int | None = None
 
     @classmethod
     def of(cls, shelf: Shelf) -> Machine:
         """As the shelf has it."""
-        return cls(shelf.device, shelf.dtype, shelf.models, shelf.variant, shelf.revision, shelf.attention, shelf.fast)
+        how = (shelf.attention, shelf.fast, shelf.memory.offload, shelf.memory.vram)
+        return cls(shelf.device, shelf.dtype, shelf.models, shelf.variant, shelf.revision, *how)
+
+    def shelf(self) -> Shelf:
+        """A shelf like the one it is of."""
+        where: Any = {"offload": self.offload, "vram": self.vram, "attention": self.attention, "fast": self.fast}
+        return Shelf(self.models, self.device, self.dtype, self.variant, self.revision, **where)
+
+    def told(self) -> dict[str, Any]:
+        """As JSON can hold it; :meth:`read` is the way back."""
+        models = str(Path(self.models).resolve()) if Path(self.models).is_dir() else self.models
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self._asdict() | {"device": str(self.device), "dtype": dtype, "models": models}
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Machine:
+        """What :meth:`told` said; KeyError, TypeError, AttributeError or RuntimeError if that is not what this is."""
+        return cls(**dict(told) | {"device": torch.device(told["device"]), "dtype": getattr(torch, told["dtype"])})
 
 
 def manifest(
@@ -69,7 +89,7 @@ def manifest(
         "chain": chain.model_dump(mode="json") | {"seed": seed, "batch": 1},
         "models": {name: dict(prints) for name, prints in models.items()},
         "versions": versions(),
-        "device": _device_name(machine.device),
+        "device": device_name(machine.device),
         "dtype": str(machine.dtype).removeprefix("torch."),
         "models_from": machine.models,
         "variant": machine.variant,
@@ -97,7 +117,8 @@ def parameters(chain: Chain, seed: int, size: tuple[int, int]) -> str:
         facts["Clip skip"] = stage.clip_skip + 1  # the web UI counts from 1
     facts["Version"] = f"unrolled {versions().get('unrolled', 'unknown')}"
     negative = f"Negative prompt: {stage.negative_prompt}\n" if stage.negative_prompt else ""
-    return f"{stage.prompt}\n{negative}" + ", ".join(f"{key}: {_quoted(value)}" for key, value in facts.items())
+    loras = "".join(f" <lora:{Path(told.file).stem}:{told.weight:g}>" for told in stage.lora)
+    return f"{stage.prompt}{loras}\n{negative}" + ", ".join(f"{key}: {_quoted(value)}" for key, value in facts.items())
 
 
 def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any]) -> bytes:
@@ -128,7 +149,8 @@ def _quoted(value: object) -> str:
     return json.dumps(text) if any(mark in text for mark in ",:\n") else text
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

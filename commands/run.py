@@ -1,21 +1,29 @@
-"""``unrolled run``."""
+"""``unrolled run`` and ``unrolled resume``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .options import err, on_chain, say, show
 
 if TYPE_CHECKING:
     from ..chains.chain import Chain, Stage
+    from ..chains.outputs import Result
     from ..core.loading import Shelf
     from ..core.loop import Step
 
 INTERRUPTED = 130
+
+
+SaveEvery = Annotated[
+    int, typer.Option(metavar="N", help="Save the run after every N steps of a stage, so that it can be resumed if killed.")
+]
+Progressing = Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")]
 
 
 @on_chain
@@ -23,17 +31,30 @@ def run(
     job: "Chain",
     shelf: "Shelf",
     output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
-    progress: Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")] = True,
+    save_every: SaveEvery = 0,
+    progress: Progressing = True,
 ) -> None:
     """Run a chain and write its pictures."""
     from ..chains.run import run as run_chain
 
-    try:
-        with bars(on=progress and err.is_terminal) as watch:
-            result = run_chain(job, shelf, output, watch, free=True)
-    except KeyboardInterrupt:  # typer would leave without a word
-        say(f"Interrupted; what was made so far is in {output} (interrupted_*.safetensors, unfinished_*).")
-        raise typer.Exit(INTERRUPTED) from None
+    with told(output), bars(on=progress and err.is_terminal) as watch:
+        report(run_chain(job, shelf, output, watch, free=True, save_every=save_every))
+
+
+def resume(
+    where: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run that was stopped, or its saved file.")],
+    save_every: SaveEvery = 0,
+    progress: Progressing = True,
+) -> None:
+    """Go on with a run that was interrupted, to the same pictures as if it had not been."""
+    from ..chains.run import resume as resume_run
+
+    with told(where), bars(on=progress and err.is_terminal) as watch:
+        report(resume_run(where, watch=watch, free=True, save_every=save_every))
+
+
+def report(result: "Result") -> None:
+    """Print what a run has to say, and the files it made."""
     for note in dict.fromkeys(result.notes):
         say(note, "note")
     for file in result.files:
@@ -41,10 +62,25 @@ def run(
 
 
 @contextmanager
-def bars(on: bool) -> Iterator[Any]:
-    """What watches a run with a progress bar for every stage."""
+def told(output: Path) -> Iterator[None]:
+    """Say where an interrupted run is; typer would leave without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"Interrupted; what was made so far is in {output}: `unrolled resume {output}` goes on with it.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def bars(on: bool, above: RenderableType | None = None) -> Iterator[Any]:
+    """What watches a run with a progress bar for every stage, below something else perhaps."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not on) as progress:
+
+    class Bars(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            return [*([above] if above else []), *super().get_renderables()]
+
+    with Bars(*columns, console=err, disable=not on) as progress:
         tasks: dict[str, TaskID] = {}
 
         def watch(stage: "Stage", step: "Step") -> None:

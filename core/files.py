@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -35,16 +37,23 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
     return path
 
 
-def claim(folder: Path, stem: str, ending: str) -> Path:
+def leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files of a killed :func:`write_atomically` of ``name``, whatever its ending."""
+    for file in folder.glob(f".{glob.escape(name)}*.????????"):
+        file.unlink(missing_ok=True)
+
+
+def claim(folder: Path, stem: str, ending: str, announce: Callable[[str], object] = lambda name: None) -> Path:
     """The first of ``stem_000``, ``stem_001``, … in ``folder`` that no file uses, as a path without an ending.
 
     Claimed by making ``stem_000<ending>`` exclusively, so that two processes never write to one name;
-    write that file last, or delete it.
+    write that file last, or delete it. ``announce`` is told every name before it is tried.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for number in count(_first_free({path.name for path in folder.iterdir()}, stem)):
             path = folder / f"{stem}_{number:03d}"
+            announce(path.name)
             try:
                 path.with_name(path.name + ending).touch(exist_ok=False)
             except FileExistsError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from .errors import BadInput, NonFinite, SpaceMismatch
 from .files import write_atomically
 from .solver import History, Past
 
-_FORMAT = "unrolled-latents-1"
+FORMAT = "unrolled-latents-1"
 
 
 @dataclass(frozen=True)
@@ -148,21 +149,8 @@ class Latents:
         Raises:
             NonFinite: x holds NaN or infinity; CannotWrite: see :func:`write_atomically`.
         """
-        if not bool(torch.isfinite(self.x).all()):
-            raise NonFinite("These latents hold NaN or infinity and are not worth saving: the fault lies before.")
-        tensors = {"x": self.x}
-        for i, past in enumerate(self.history):
-            tensors |= {f"history.{i}.x": past.x, f"history.{i}.x0": past.x0}
-        facts = {
-            "space": asdict(self.space),
-            "sigma": self.sigma,
-            "seeds": self.seeds,
-            "stream": self.stream,
-            "end": self.end,
-            "history": [past.sigma for past in self.history],
-        }
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        write_atomically(path, save(tensors, {"format": _FORMAT, "latents": json.dumps(facts)}))
+        tensors, facts = packed(self)
+        write_atomically(path, save(tensors, {"format": FORMAT, "latents": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Latents:
@@ -172,25 +160,43 @@ class Latents:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") != FORMAT:
                     raise BadInput(f"{path} is a safetensors file but not one that Latents.save wrote.")
-                facts = json.loads(metadata["latents"])
-                history = tuple(
-                    Past(sigma, file.get_tensor(f"history.{i}.x"), file.get_tensor(f"history.{i}.x0"))
-                    for i, sigma in enumerate(facts["history"])
-                )
-                space = LatentSpace(**facts["space"])
-                return cls(
-                    file.get_tensor("x"),
-                    space,
-                    facts["sigma"],
-                    tuple(facts["seeds"]),
-                    facts["stream"],
-                    history,
-                    facts["end"],
-                )
+                return unpacked(file.get_tensor, json.loads(metadata["latents"]))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path} is damaged and cannot be read as latents ({error}).") from error
+
+
+def packed(latents: Latents, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As tensors on the CPU by name, and what JSON can hold; :func:`unpacked` is the way back.
+
+    Raises:
+        NonFinite: x holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(latents.x).all()):
+        raise NonFinite("These latents hold NaN or infinity and are not worth saving: the fault lies before.")
+    tensors = {"x": latents.x}
+    for i, past in enumerate(latents.history):
+        tensors |= {f"history.{i}.x": past.x, f"history.{i}.x0": past.x0}
+    facts = {
+        "space": asdict(latents.space),
+        "sigma": latents.sigma,
+        "seeds": latents.seeds,
+        "stream": latents.stream,
+        "end": latents.end,
+        "history": [past.sigma for past in latents.history],
+    }
+    return {prefix + name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, facts
+
+
+def unpacked(tensor: Callable[[str], Tensor], facts: Mapping[str, Any], prefix: str = "") -> Latents:
+    """What :func:`packed` was given; KeyError, TypeError or ValueError if that is not what this is."""
+    history = tuple(
+        Past(sigma, tensor(f"{prefix}history.{i}.x"), tensor(f"{prefix}history.{i}.x0"))
+        for i, sigma in enumerate(facts["history"])
+    )
+    space, seeds = LatentSpace(**facts["space"]), tuple(facts["seeds"])
+    return Latents(tensor(f"{prefix}x"), space, facts["sigma"], seeds, facts["stream"], history, facts["end"])
 
 
 def batch(parts: Sequence[Latents]) -> Latents:

@@ -31,9 +31,14 @@ class Point:
     latents: Latents
     step: int
 
+    def to(self, device: torch.device | str) -> Point:
+        """Moved to a device."""
+        return replace(self, latents=self.latents.to(device))
+
     def rest(self, schedule: Schedule) -> Schedule:
-        """What is left of the schedule that the run is on."""
-        return schedule[max(0, self.step - schedule.first) :]
+        """What is left of the schedule that the run is on; of another one, what lies below this noise level."""
+        left, sigma = schedule[max(0, self.step - schedule.first) :], self.latents.sigma
+        return left if abs(left.sigmas[0] - sigma) <= 1e-4 * sigma else schedule.starting_at(sigma)
 
 
 @dataclass

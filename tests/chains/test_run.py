@@ -100,7 +100,7 @@ def test_latents_are_handed_on_without_decoding(shelf: Shelf, text: TextToImage,
         decoded.append(latents)
         return decode(model, latents, tiled=tiled)
 
-    monkeypatch.setattr("unrolled.chains.run.decode", counted)
+    monkeypatch.setattr("unrolled.chains.runner.decode", counted)
     second = ImageToImage(model=text.model, prompt="a house", steps=4, strength=0.5)
     run(Chain(stages=(text, second)), shelf)
     assert len(decoded) == 1

@@ -327,7 +327,7 @@ def test_a_batch_run_in_parts_is_joined(shelf: Shelf, first: TextToImage, monkey
         return decode(model, latents, **options)
 
     monkeypatch.setattr(jobs, "text_to_image", small)
-    monkeypatch.setattr("unrolled.chains.run.decode", counted)
+    monkeypatch.setattr("unrolled.chains.runner.decode", counted)
     parts = run(Chain(stages=(first, again), batch=3), shelf)
     assert decoded == [1, 2], "nobody asked for the first stage's pictures"
     for name in ("first", "again"):
