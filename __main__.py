@@ -8,6 +8,7 @@ import sys
 import typer
 
 from .commands.film import film
+from .commands.compare import diff, replay
 from .commands.options import say
 from .commands.plan import doctor, models, plan
 from .commands.run import resume, run

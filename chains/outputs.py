@@ -15,6 +15,7 @@ from ..core.latents import Latents, batch
 from ..stages import finish
 from .chain import Chain
 from .record import Machine, encode, manifest, parameters
+from .trail import Mark
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Result:
         inputs: picture files that went in, by name.
         frames: of the first image's animation.
         models: fingerprints of the weights of every stage's model, and of its prior.
+        trail: of every stage, of every step, of every image.
     """
 
     outputs: dict[str, Output] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     models: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    trail: dict[str, list[list[Mark]]] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -69,6 +72,8 @@ def joined(first: Result, second: Result, note: str) -> Result:
         latents = batch([mine.latents, theirs.latents]) if mine.latents and theirs.latents else None
         first.outputs[name] = Output(latents, made, mine.decoder)
         first.seconds[name] += second.seconds[name]
+    for name, steps in second.trail.items():
+        first.trail[name] = [mine + theirs for mine, theirs in zip(first.trail[name], steps, strict=True)]
     first.files += second.files
     first.notes[:] = [note, *first.notes, *second.notes]
     return first
@@ -85,7 +90,7 @@ def write(
     """Write what the chain asks for, one set of files per image; nothing is overwritten, and names are announced first."""
     for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
         name = claim(folder, stem, ".json", announce)
-        facts = manifest(chain, seed, result.models, machine, result.notes, result.seconds)
+        facts = manifest(chain, index, result, machine)
         text = parameters(chain, seed, picture.size)
         try:
             for ending in chain.formats:

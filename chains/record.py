@@ -5,20 +5,27 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..core.errors import BadInput
 from ..core.loading import Shelf
 from ..stages.finish import FORMATS
 from .chain import Chain, Denoising, ImageToImage, Inpaint
+from .trail import picture_digest
+
+if TYPE_CHECKING:
+    from .outputs import Result
 
 _PACKAGES = ("unrolled", "torch", "diffusers", "transformers", "safetensors", "pillow", "triton", "xformers")
-_USER_COMMENT = 0x9286
+_EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_EXIF_ROOM = 60_000
+"""Bytes: JPEG has 64 KiB for all of EXIF. The file beside the picture holds what finds no room."""
 
 _A1111_NAMES = {
     "ddim": "DDIM", "ddpm": "DDPM", "deis": "DEIS", "dpm++2m": "DPM++ 2M", "dpm++2m-sde": "DPM++ 2M SDE",
@@ -76,29 +83,52 @@ class Machine(NamedTuple):
         return cls(**dict(told) | {"device": torch.device(told["device"]), "dtype": getattr(torch, told["dtype"])})
 
 
-def manifest(
-    chain: Chain,
-    seed: int,
-    models: Mapping[str, Mapping[str, str]],
-    machine: Machine,
-    notes: Sequence[str],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """Everything that made one picture: chain, seed, fingerprints of the weights, versions, device, notes."""
+def manifest(chain: Chain, index: int, result: Result, machine: Machine) -> dict[str, Any]:
+    """Everything that made picture ``index`` of a run, so that :func:`~unrolled.chains.replay.replay` can make it again."""
+    seed = chain.seeds()[index]
     return {
         "chain": chain.model_dump(mode="json") | {"seed": seed, "batch": 1},
-        "models": {name: dict(prints) for name, prints in models.items()},
+        "made_in": {"seed": chain.seed, "batch": chain.batch, "index": index},
+        "inputs": {name: picture_digest(picture) for name, picture in result.inputs.items()},
+        "models": {name: dict(prints) for name, prints in result.models.items()},
         "versions": versions(),
         "device": device_name(machine.device),
+        "threads": torch.get_num_threads() if machine.device.type == "cpu" else None,
         "dtype": str(machine.dtype).removeprefix("torch."),
         "models_from": machine.models,
         "variant": machine.variant,
         "revision": machine.revision,
         "attention": machine.attention,
         "fast": machine.fast,
-        "notes": list(notes),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "notes": list(result.notes),
+        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
+        "pixels": picture_digest(result.pictures[index]),
+        "trail": {name: [images[index] for images in steps] for name, steps in result.trail.items()},
     }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in a picture that a run wrote, or in the file beside it.
+
+    Raises:
+        BadInput: there is no such file, or there is none in it.
+    """
+    if not path.is_file():
+        raise BadInput(f"There is no picture at {path}.")
+    try:
+        text = path.read_text(encoding="utf-8") if path.suffix == ".json" else _embedded(path)
+        facts = json.loads(text)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} cannot be read as a picture or a manifest ({error}).") from error
+    if not isinstance(facts, dict) or not {"chain", "versions", "pixels"} <= facts.keys():
+        raise BadInput(f"{path} does not say what made it: give a picture that `unrolled run` wrote, or its .json.")
+    return facts
+
+
+def _embedded(path: Path) -> str:
+    with Image.open(path) as picture:
+        inside = picture.info.get("unrolled") or picture.getexif().get_ifd(_EXIF).get(_MAKER_NOTE, b"{}")
+    return inside.decode("utf-8") if isinstance(inside, bytes) else str(inside)
 
 
 def parameters(chain: Chain, seed: int, size: tuple[int, int]) -> str:
@@ -122,7 +152,7 @@ def parameters(chain: Chain, seed: int, size: tuple[int, int]) -> str:
 
 
 def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any]) -> bytes:
-    """The picture as PNG (text chunks), JPEG or WebP (EXIF user comment) with ``text`` in it; PNG holds the manifest too."""
+    """The picture as PNG (text chunks), JPEG or WebP (EXIF), with ``text`` and ``facts`` in it."""
     file, rgb = io.BytesIO(), picture.convert("RGB")
     if ending == "png":
         chunks = PngImagePlugin.PngInfo()
@@ -131,7 +161,10 @@ def encode(picture: Image.Image, ending: str, text: str, facts: Mapping[str, Any
         rgb.save(file, "PNG", pnginfo=chunks)
         return file.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    note = json.dumps(facts).encode()
+    if len(note) + 2 * len(text) < _EXIF_ROOM:
+        exif.get_ifd(_EXIF)[_MAKER_NOTE] = note
     quality: dict[str, Any] = {"quality": 95} if ending in ("jpg", "jpeg") else {"lossless": True}
     rgb.save(file, FORMATS[ending], exif=exif.tobytes(), **quality)
     return file.getvalue()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..core.errors import BadInput, BadModel, Note, OutOfMemory, UnrolledError
 from ..core.files import claim
@@ -22,12 +23,14 @@ from ..stages import finish
 from ..stages.decode import decode
 from . import jobs
 from .chain import Chain, Denoising, Resize, Sharpen, Stage
+from .companions import inputs, load_companions
 from .outputs import Output, Result, rescue
 from .plan import StagePlan, pictures_wanted
 from .prompts import Pair, prior_embeds
 from .record import Machine
 from .saved import STEM, Saved
 from .tasks import Task, perform
+from .trail import marks
 
 Watch = Callable[[Stage, Step], object]
 """Called after every step; a progress bar, say."""
@@ -66,6 +69,7 @@ class Runner:
         self.last = self.since.point if self.since else None
         self.model: Model | None = None
         self.claimed = list[str]()
+        self.passed = list[tuple[Tensor, int, float]]()
 
     def run(self) -> Result:
         """Every stage in order, but for those that are there already."""
@@ -83,6 +87,7 @@ class Runner:
                         output.pictures()
                     if self.chain.gif == "stages" and output.is_picture and index < len(self.plans) - 1:
                         result.frames.append(output.pictures()[0])
+                self.settle()
                 self.last, self.model = None, None
                 result.outputs[item.stage.name] = output
                 result.seconds[item.stage.name] = time.perf_counter() - began
@@ -97,9 +102,12 @@ class Runner:
         self.free(self.plans[index:], self.plans[index + 1 :])
         self.model = model = self.load(item)
         pictures, since = self.decoder(index), self.since
-        if since is not None and (fault := since.other_weights(stage.name, model.fingerprints)):
+        weights = {**model.fingerprints, **item.changes.fingerprints(), **item.companions.fingerprints()}
+        if since is not None and (fault := since.other_weights(stage.name, weights)):
             raise BadModel(fault)
-        self.result.models[stage.name] = dict(model.fingerprints)
+        self.result.models[stage.name] = weights
+        beside = load_companions(item.companions, stage, model, self.shelf, self.chain.folder, item.size, len(self.seeds))
+        self.result.inputs |= inputs(beside)
 
         def frame(latents: Latents) -> None:
             if self.chain.gif == "stages":
@@ -119,8 +127,10 @@ class Runner:
             frame=frame,
             pictures=pictures,
             since=since.point and since.point.to(model.device) if since is not None and since.stage == stage.name else None,
+            beside=beside,
         )
-        with self.observe(task) if self.observe else nullcontext(()) as hooks:
+        observed = self.observe(task) if self.observe else nullcontext(())
+        with item.changes.on(model), beside.on(model), observed as hooks:
             made = perform(replace(task, hooks=[*self.hooks(stage, pictures), *hooks, self.remember]))
         return Output(made, decoder=pictures) if isinstance(made, Latents) else Output(made=made)
 
@@ -146,7 +156,7 @@ class Runner:
     def load(self, item: StagePlan) -> Model:
         """A stage's model."""
         assert item.source is not None
-        return self.shelf.load(item.source, size=item.size, batch=len(self.seeds))
+        return self.shelf.load(item.source, size=item.size, batch=len(self.seeds), beside=item.companions.parts)
 
     def prior_embeds(self, index: int, stream: str) -> Pair | None:
         """What Kandinsky's prior makes of the prompts, for its decoders; it goes before the decoder comes."""
@@ -175,12 +185,20 @@ class Runner:
     def remember(self, step: Step) -> None:
         """Keep where the run stands, and save it if it is time to."""
         self.last = step.point
+        self.passed.append((step.x, step.index, step.sigma_next))
         if self.save_every and (step.index + 1) % self.save_every == 0:
             self.save()
+
+    def settle(self) -> None:
+        """Take the marks of the steps that were passed: only now, because on a GPU it waits for them."""
+        if self.passed:
+            self.result.trail.setdefault(self.name, []).extend(marks(*step) for step in self.passed)
+            self.passed.clear()
 
     def save(self) -> None:
         """Write the run as it stands into its file, which is claimed the first time."""
         assert self.folder is not None
+        self.settle()
         if self.path is None:
             self.path = claim(self.folder, STEM, ".safetensors").with_suffix(".safetensors")
         machine = Machine.of(self.shelf)
@@ -215,7 +233,8 @@ class Runner:
         """Let go of all but the models of some stages and the priors of some."""
         if self.frees:
             held = [*(item.source for item in models), *(item.prior for item in priors)]
-            self.shelf.keep(*(source for source in held if source is not None))
+            beside = [part for item in models for part in item.companions.parts]
+            self.shelf.keep(*(source for source in held if source is not None), *beside)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ..core.loop import Point
 from .chain import Chain
 from .outputs import Output, Result
 from .record import Machine
+from .trail import Mark
 
 STEM = "interrupted"
 _NOTHING_YET = "unrolled-run-1"
@@ -162,6 +163,7 @@ def _packed(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "notes": result.notes,
         "seconds": result.seconds,
         "models": {name: dict(prints) for name, prints in result.models.items()},
+        "trail": result.trail,
     }
     keep(list(result.inputs.values()), "input")
     return tensors, facts
@@ -177,6 +179,7 @@ def _unpacked(tensor: Callable[[str], Tensor], facts: Mapping[str, Any]) -> Resu
         notes=list(facts["notes"]),
         seconds=dict(facts["seconds"]),
         models=dict(facts["models"]),
+        trail={name: [[Mark(*mark) for mark in images] for images in steps] for name, steps in facts["trail"].items()},
     )
     for i, output in enumerate(facts["outputs"]):
         held = output["latents"]

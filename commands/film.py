@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import err, on_chain, say, show
-from .run import INTERRUPTED, bars
+from .run import INTERRUPTED, Previewing, Progressing, bars, report
 
 if TYPE_CHECKING:
     from ..chains.chain import Chain
@@ -21,8 +21,8 @@ def film(
     words: Annotated[str, typer.Option(help="Words of the prompt to draw heat maps of, with commas between.")] = "",
     every: Annotated[int, typer.Option(help="Decode the preview of every so many steps.")] = 1,
     beside: Annotated[Path | None, typer.Option(help="Another film's page, to show beside this one.")] = None,
-    preview: Annotated[bool, typer.Option("--preview", help="Show every step's x0 in the terminal.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")] = True,
+    preview: Previewing = False,
+    progress: Progressing = True,
 ) -> None:
     """Run a chain and film it: one page to look through every step of every stage, in any browser, without a network."""
     from ..chains.film.filming import Camera
@@ -40,13 +40,10 @@ def film(
     camera = Camera(job, words=named, every=every, show=screen)
     try:
         with bars(on=progress and err.is_terminal, above=screen) as watch:
-            result = run_chain(job, shelf, None, watch, free=True, observe=camera.observe)
+            report(run_chain(job, shelf, None, watch, free=True, observe=camera.observe))
     except KeyboardInterrupt:
-        say(f"Interrupted; {output} shows what was made so far.")
+        say("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
-    finally:
+    finally:  # what was seen before a fault is worth a look
         if camera.scenes:
-            camera.film(shelf).save(output, parent)
-    for note in dict.fromkeys(result.notes):
-        say(note, "note")
-    show(output)
+            show(camera.film(shelf).save(output, parent))

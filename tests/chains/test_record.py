@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sd_parsers import ParserManager
 from unrolled.chains.chain import Chain, ImageToImage, TextToImage
+from unrolled.chains.outputs import Output, Result
 from unrolled.chains.record import Machine, encode, manifest, parameters
 from unrolled.core.loading import Model
 
@@ -57,9 +58,9 @@ def test_an_independent_reader_finds_them(ending: str) -> None:
 
 def test_png_holds_the_manifest(tiny: Model) -> None:
     chain = Chain(stages=(TextToImage(model="m", prompt="ß"),), batch=3)
-    facts = manifest(
-        chain, 2, {"m": tiny.fingerprints}, Machine(torch.device("cpu"), torch.float32), ["a note"], {"text-to-image": 1.0}
-    )
+    pictures = Output(made=[Image.new("RGB", (8, 8))] * 3)
+    result = Result({"m": pictures}, models={"m": tiny.fingerprints}, notes=["a note"], seconds={"text-to-image": 1.0})
+    facts = manifest(chain, 2, result, Machine(torch.device("cpu"), torch.float32))
     image = Image.open(io.BytesIO(encode(Image.new("RGB", (8, 8)), "png", "", facts)))
     read = json.loads(image.info["unrolled"])
     assert read["chain"]["seed"] == 2
