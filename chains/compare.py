@@ -70,8 +70,8 @@ def compare(one: Path, other: Path) -> Compared:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{one} and {other} cannot be compared ({error}): one is of another version.") from error
-    pictures = [_picture(path) for path in (one, other)]
-    return Compared(settings, tuple(changes(*facts)), steps, *_seen(*pictures, labels=(one.name, other.name)))
+    pixels, sheet = _seen(_picture(one), _picture(other), (one.name, other.name))
+    return Compared(settings, tuple(changes(*facts)), steps, pixels, sheet)
 
 
 def _flat(chain: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

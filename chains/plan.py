@@ -15,8 +15,11 @@ from ..core.loop import Step
 from ..core.memory import Mode, peak
 from ..core.solver import History
 from ..core.source import Source, enlarges
-from ..core.weights import has_weights
-from .chain import Chain, Denoising, ImageToImage, PriorOptions, Resize, Sharpen, Stage, Upscale
+from ..core.weights import Part, has_weights
+from .chain import Chain, Denoising, FromPicture, ImageToImage, Inpaint, PriorOptions, Resize, Sharpen, Stage, Upscale
+from .changes import Changes, find_changes
+from .changes import notes as of_changes
+from .companions import Companions, find_companions
 from .defaults import filled
 from .fit import require_fit, require_prior
 from .handed import pixels_of, what_is_handed
@@ -38,6 +41,8 @@ class StagePlan:
         memory: bytes that its model takes of the device at the worst moment, where the weights are on this disk.
         mode: where its model lives while it is needed, likewise.
         source: where its model lies; ``prior`` likewise, Kandinsky's.
+        changes: which LoRAs and learned words are on its model.
+        companions: where its ControlNets and its IP-Adapter lie.
     """
 
     stage: Stage
@@ -51,6 +56,8 @@ class StagePlan:
     mode: Mode | None = None
     source: Source | None = None
     prior: Source | None = None
+    changes: Changes = field(default_factory=Changes)
+    companions: Companions = field(default_factory=Companions)
 
     @property
     def continues(self) -> bool:
@@ -66,6 +73,13 @@ class StagePlan:
     def trace(self) -> list[Step]:
         """Its steps on a network that says nothing; once, however often it is repeated."""
         return trace(self.run.schedule, self.run.solver, self.history) if self.run else []
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether pictures or latents go into it from files."""
+        stage = self.stage
+        named = isinstance(stage, FromPicture) and (stage.image or stage.latents or isinstance(stage, Inpaint))
+        return bool(named or (isinstance(stage, Denoising) and (stage.control or stage.image_prompt)))
 
     @property
     def repeats(self) -> int:
@@ -120,7 +134,7 @@ def plan(chain: Chain, shelf: Shelf, *, weights: bool = False) -> list[StagePlan
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Note)  # the run tells
-                plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf, find)
+                plans[stage.name] = _plan_stage(chain, stage, plans[before.name] if before else None, shelf, find, weights)
         except UnrolledError as error:
             wrong = type(error) if isinstance(error, BadModel) else BadChain
             raise wrong(f"Stage {stage.name!r}: {error}") from error
@@ -143,7 +157,7 @@ def pictures_wanted(chain: Chain, plans: Sequence[StagePlan]) -> set[str]:
 
 
 def _plan_stage(
-    chain: Chain, stage: Stage, before: StagePlan | None, shelf: Shelf, find: Callable[..., Source]
+    chain: Chain, stage: Stage, before: StagePlan | None, shelf: Shelf, find: Callable[..., Source], weights: bool
 ) -> StagePlan:
     if isinstance(stage, Sharpen | Resize):
         size = pixels_of(before)
@@ -160,27 +174,40 @@ def _plan_stage(
     stage = stage.model_copy(update={"solver": stage.solver or run.config.name})
     factor = enlarges(source.system)
     size = (factor * handed.size[0], factor * handed.size[1])
-    memory, mode = max(_memory(source, shelf, size, chain.batch), _memory(prior, shelf))
+    changes = find_changes(stage, source, shelf, chain.folder)
+    companions = find_companions(stage, source, shelf, chain.folder, size, weights=weights)
+    memory, mode = max(_memory(source, shelf, size, chain.batch, companions.parts), _memory(prior, shelf))
     return StagePlan(
         stage,
         handed.takes,
         size,
         run,
-        notes=(*handed.notes, *_notes(stage, size, source.sizes()[0])),
+        notes=(*handed.notes, *_notes(stage, size, source.sizes()[0]), *of_changes(stage)),
         decodes=handed.decodes,
         goes_on_from=before if handed.goes_on and _continues(stage, run, before) else None,
         memory=memory or None,
         mode=mode if memory else None,
         source=source,
         prior=prior,
+        changes=changes,
+        companions=companions,
     )
 
 
-def _memory(source: Source | None, shelf: Shelf, size: tuple[int, int] | None = None, batch: int = 1) -> tuple[int, Mode]:
+def _memory(
+    source: Source | None,
+    shelf: Shelf,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    beside: Sequence[Part] = (),
+) -> tuple[int, Mode]:
     """What a model takes of the device, 0 if it is not here, and how it is placed; raises BadInput if that is too much."""
-    if source is None or not all(has_weights(source.part(part)) for part in source.parts if part not in TOKENIZERS):
+    if source is None:
         return 0, "resident"
-    placed = shelf.placement(source, size, batch).values()
+    parts = [source.part(name) for name in source.parts if name not in TOKENIZERS]
+    if not all(has_weights(part) for part in (*parts, *beside)):
+        return 0, "resident"
+    placed = shelf.placement(source, size, batch, beside).values()
     return peak(placed), next((mode for _, mode in placed if mode != "resident"), "resident")
 
 
@@ -188,8 +215,8 @@ def _continues(stage: Denoising, run: Run, before: StagePlan | None) -> bool:
     """Whether two stages are two parts of one run, so that the solver's memory and the noise go on."""
     if before is None or before.run is None or not isinstance(before.stage, Denoising):
         return False
-    same_weights = (before.stage.model, before.stage.borrowed) == (stage.model, stage.borrowed)
-    return same_weights and before.run.whole == run.whole and before.run.solver == run.solver
+    own, other = ((one.model, one.borrowed, one.lora, one.embeddings) for one in (stage, before.stage))
+    return own == other and before.run.whole == run.whole and before.run.solver == run.solver
 
 
 def _notes(stage: Denoising, size: tuple[int, int], native: int) -> Iterable[str]:

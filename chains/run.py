@@ -8,6 +8,7 @@ from typing import Any
 from ..core.errors import BadInput, OutOfMemory
 from ..core.files import require_writable
 from ..core.loading import Shelf
+from .cache import Cache
 from .chain import Chain, FromPicture
 from .outputs import Result, joined, write
 from .plan import plan
@@ -26,6 +27,7 @@ def run(
     sources: Sources | None = None,
     observe: Observe | None = None,
     save_every: int = 0,
+    cache: Cache | None = None,
 ) -> Result:
     """Run every stage and write what the chain asks for into ``folder`` (nothing is written without one).
 
@@ -38,13 +40,15 @@ def run(
         sources: gives every stage, and every prior, its source of noise in place of the seeds; for comparisons.
         observe: looks into every denoising stage.
         save_every: save the run after every so many steps of a stage, so that it can be resumed even if it is killed.
+        cache: steps that another run has made are taken from there, and watched by nobody; what is made is kept there.
 
     Raises:
         UnrolledError: what went wrong, with the stage's name.
     """
     if save_every < 0:
         raise BadInput(f"A run is saved every so many steps, 0 for never, not every {save_every}.")
-    return _run(chain, shelf, folder, watch, free=free, sources=sources, observe=observe, save_every=save_every)
+    how: Any = {"free": free, "sources": sources, "observe": observe, "save_every": save_every, "cache": cache}
+    return _run(chain, shelf, folder, watch, **how)
 
 
 def resume(
@@ -84,6 +88,7 @@ def _run(
     sources: Sources | None = None,
     observe: Observe | None = None,
     save_every: int = 0,
+    cache: Cache | None = None,
     since: Saved | None = None,
     path: Path | None = None,
 ) -> Result:
@@ -95,7 +100,7 @@ def _run(
     if folder is not None:
         require_writable(folder)
     chain = chain.model_copy(update={"stages": tuple(item.stage for item in plans)})
-    runner = Runner(chain, plans, shelf, watch, free, sources, observe, save_every, folder, path, since)
+    runner = Runner(chain, plans, shelf, watch, free, sources, observe, save_every, folder, path, since, cache)
     try:
         if save_every:
             runner.save()
@@ -113,8 +118,6 @@ def _run(
     del runner
     half = chain.batch // 2
     rest = chain.model_copy(update={"seed": chain.seed + half, "batch": chain.batch - half})
-    first, second = (
-        _run(part, shelf, folder, watch, free=free, sources=sources, observe=observe, save_every=save_every)
-        for part in (chain.model_copy(update={"batch": half}), rest)
-    )
+    how: Any = {"free": free, "sources": sources, "observe": observe, "save_every": save_every, "cache": cache}
+    first, second = (_run(part, shelf, folder, watch, **how) for part in (chain.model_copy(update={"batch": half}), rest))
     return joined(first, second, f"The batch did not fit into memory and was run in parts of {half}.")

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from ..core.errors import BadInput, BadModel, Note, OutOfMemory, UnrolledError
+from ..core.errors import BadInput, BadModel
 from ..core.files import claim
 from ..core.latents import Latents
 from ..core.loading import Model, Shelf
-from ..core.loop import Step
+from ..core.loop import Point, Step
 from ..core.noise import NoiseSource
 from ..stages import finish
 from ..stages.decode import decode
 from . import jobs
-from .chain import Chain, Denoising, Resize, Sharpen, Stage
+from .cache import Cache
+from .chain import Chain, Denoising, Inpaint, Resize, Sharpen, Stage
 from .companions import inputs, load_companions
+from .keys import Keys, keys_of, weights_of
 from .outputs import Output, Result, rescue
 from .plan import StagePlan, pictures_wanted
 from .prompts import Pair, prior_embeds
 from .record import Machine
+from .said import named, noted
 from .saved import STEM, Saved
 from .tasks import Task, perform
 from .trail import marks
@@ -46,6 +46,7 @@ class Runner:
     """One chain under way: what its stages made so far, the model and the newest step of the one being run.
 
     Args:
+        cache: where what stages make is kept and found; not with animations, sources and observers, which need every step.
         path: the file that the run is saved in; claimed in ``folder`` when it is needed.
         since: where it was left, to go on from there.
     """
@@ -61,37 +62,76 @@ class Runner:
     folder: Path | None
     path: Path | None
     since: Saved | None
+    cache: Cache | None
 
     def __post_init__(self) -> None:
+        if self.chain.gif or self.sources or self.observe:
+            self.cache = None
         self.seeds = self.chain.seeds()
         self.result = self.since.result if self.since else Result()
         self.name = self.since.stage if self.since else self.chain.stages[0].name
         self.last = self.since.point if self.since else None
         self.model: Model | None = None
+        self.start: Point | None = None
         self.claimed = list[str]()
-        self.passed = list[tuple[Tensor, int, float]]()
+        self.passed, self.settled = list[Point](), 0
 
     def run(self) -> Result:
         """Every stage in order, but for those that are there already."""
         result, wanted = self.result, pictures_wanted(self.chain, self.plans)
-        with _noted(result.notes):
+        with noted(result.notes):
             for index, item in enumerate(self.plans):
                 if (made := result.outputs.get(item.stage.name)) is not None:
                     made.decoder = self.decoder(index)
                     continue
-                began, before = time.perf_counter(), self.chain.before(index)
-                self.name = item.stage.name
-                with _named(item.stage):
-                    output = self.stage(index, result.outputs[before.name] if before else None)
+                began, after = time.perf_counter(), self.chain.before(index)
+                before = result.outputs[after.name] if after else None
+                self.name, self.start = item.stage.name, None
+                if self.since is not None and self.since.stage == self.name:
+                    self.start = self.since.point
+                with named(item.stage):
+                    keys = self.keys(index, before)
+                    output = self.known(index, keys) or self.stage(index, before)
                     if item.stage.name in wanted:
                         output.pictures()
                     if self.chain.gif == "stages" and output.is_picture and index < len(self.plans) - 1:
                         result.frames.append(output.pictures()[0])
-                self.settle()
+                    self.keep(keys, output)
                 self.last, self.model = None, None
                 result.outputs[item.stage.name] = output
                 result.seconds[item.stage.name] = time.perf_counter() - began
         return result
+
+    def keys(self, index: int, before: Output | None) -> Keys | None:
+        """What a stage's steps depend on, if there is a cache to look into."""
+        return keys_of(self.chain, self.plans[index], before, self.stream(index), self.shelf) if self.cache else None
+
+    def known(self, index: int, keys: Keys | None) -> Output | None:
+        """What a stage makes, if all of it is in the cache; if a part is, the stage starts there."""
+        item = self.plans[index]
+        if self.cache is None or keys is None or self.start is not None or (kept := self.cache.find(keys)) is None:
+            return None
+        self.result.trail[self.name], self.start = kept.marks, kept.point
+        whole = kept.count == len(keys.steps)
+        self.result.notes.append(
+            f"Stage {self.name!r}: {kept.count} of {len(keys.steps)} steps were made before and reused."
+        )
+        if not whole or item.reads_files or (isinstance(item.stage, Inpaint) and not kept.pictures):
+            return None
+        assert item.source is not None
+        brought = {**item.changes.fingerprints(), **item.companions.fingerprints()}
+        self.result.models[self.name] = weights_of(item.source) | brought
+        if item.prior is not None:
+            self.result.models[f"{self.name}, prior"] = weights_of(item.prior)
+        return Output(kept.point.latents.to(self.shelf.device), kept.pictures, self.decoder(index))
+
+    def keep(self, keys: Keys | None, output: Output) -> None:
+        """Put what a stage made into the cache."""
+        self.settle()
+        if self.cache is not None and keys is not None and self.passed:
+            self.cache.put(keys, self.passed, self.result.trail[self.name], output.made)
+        self.passed.clear()
+        self.settled = 0
 
     def stage(self, index: int, before: Output | None) -> Output:
         """What one stage makes of what it is handed."""
@@ -126,7 +166,7 @@ class Runner:
             inputs=self.result.inputs,
             frame=frame,
             pictures=pictures,
-            since=since.point and since.point.to(model.device) if since is not None and since.stage == stage.name else None,
+            since=self.start and self.start.to(model.device),
             beside=beside,
         )
         observed = self.observe(task) if self.observe else nullcontext(())
@@ -185,15 +225,17 @@ class Runner:
     def remember(self, step: Step) -> None:
         """Keep where the run stands, and save it if it is time to."""
         self.last = step.point
-        self.passed.append((step.x, step.index, step.sigma_next))
+        self.passed.append(self.last)
         if self.save_every and (step.index + 1) % self.save_every == 0:
             self.save()
 
     def settle(self) -> None:
         """Take the marks of the steps that were passed: only now, because on a GPU it waits for them."""
-        if self.passed:
-            self.result.trail.setdefault(self.name, []).extend(marks(*step) for step in self.passed)
-            self.passed.clear()
+        new = self.passed[self.settled :]
+        if new:
+            trail = self.result.trail.setdefault(self.name, [])
+            trail.extend(marks(point.latents.x, point.step - 1, point.latents.sigma) for point in new)
+        self.settled = len(self.passed)
 
     def save(self) -> None:
         """Write the run as it stands into its file, which is claimed the first time."""
@@ -235,39 +277,3 @@ class Runner:
             held = [*(item.source for item in models), *(item.prior for item in priors)]
             beside = [part for item in models for part in item.companions.parts]
             self.shelf.keep(*(source for source in held if source is not None), *beside)
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Name the stage in whatever goes wrong in it."""
-    try:
-        yield
-    except UnrolledError as error:
-        raise type(error)(f"Stage {stage.name!r}: {error}") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(_memory_sentence(stage)) from error
-    except RuntimeError as error:
-        if "alloc" in str(error) and "memory" in str(error):
-            raise OutOfMemory(_memory_sentence(stage)) from error
-        raise
-
-
-def _memory_sentence(stage: Stage) -> str:
-    return f"Stage {stage.name!r} ran out of memory: make the batch or the picture smaller, or use --dtype float16 on a GPU."
-
-
-@contextmanager
-def _noted(notes: list[str]) -> Iterator[None]:
-    """Collect notes, and let every other warning through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", Note)
-        show = warnings.showwarning
-
-        def collect(message: Warning | str, category: type[Warning], *rest: object, **more: object) -> None:
-            if issubclass(category, Note):
-                notes.append(str(message))
-            else:
-                show(message, category, *rest, **more)  # type: ignore[arg-type]
-
-        warnings.showwarning = collect
-        yield

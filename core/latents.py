@@ -191,12 +191,14 @@ def packed(latents: Latents, prefix: str = "") -> tuple[dict[str, Tensor], dict[
 
 def unpacked(tensor: Callable[[str], Tensor], facts: Mapping[str, Any], prefix: str = "") -> Latents:
     """What :func:`packed` was given; KeyError, TypeError or ValueError if that is not what this is."""
-    history = tuple(
-        Past(sigma, tensor(f"{prefix}history.{i}.x"), tensor(f"{prefix}history.{i}.x0"))
-        for i, sigma in enumerate(facts["history"])
-    )
+
+    def read(name: str) -> Tensor:
+        # Into memory of torch's own: sums come out otherwise where a file happens to lie across cache lines.
+        return tensor(prefix + name).clone()
+
+    history = tuple(Past(sigma, read(f"history.{i}.x"), read(f"history.{i}.x0")) for i, sigma in enumerate(facts["history"]))
     space, seeds = LatentSpace(**facts["space"]), tuple(facts["seeds"])
-    return Latents(tensor(f"{prefix}x"), space, facts["sigma"], seeds, facts["stream"], history, facts["end"])
+    return Latents(read("x"), space, facts["sigma"], seeds, facts["stream"], history, facts["end"])
 
 
 def batch(parts: Sequence[Latents]) -> Latents:

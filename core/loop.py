@@ -136,6 +136,7 @@ def steps(
 
         with torch.no_grad():
             x_next, history = solver(denoise, x, sigma, sigma_next, history, draw)
+            x_next = x_next.contiguous()  # however x lies in memory: sums over it come out to the bit, saved and read too
         finite.append(torch.isfinite(x_next).all())
         if x.device.type == "cpu":
             _require_finite(finite, schedule)

@@ -69,7 +69,7 @@ def encode_tensor(
         raise NonFinite("The VAE encoder gave NaN or infinity in float32: its weights are damaged.")
     if std is not None and posterior == "sample":
         x = x + std * source(x.shape, purpose).to(x)
-    return x * model.space.scaling
+    return (x * model.space.scaling).contiguous()
 
 
 def _encoded(model: Model, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,103 @@
+"""What every step of a stage depends on, as a digest: two runs with the same one have the same latents there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..core.checkpoint import fingerprint
+from ..core.latents import packed
+from ..core.loading import Shelf
+from ..core.source import Source
+from .chain import Chain, Denoising
+from .outputs import Output
+from .plan import StagePlan
+from .record import Machine, device_name, versions
+from .trail import picture_digest
+
+_BY_STEP = {"name", "after", "guidance_scale", "guidance_interval", "stop", "tiled"}
+"""Options that are no part of every step, or change only some."""
+
+_PROMPTS = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
+
+
+class Keys(NamedTuple):
+    """Of one stage.
+
+    Args:
+        setting: of all that goes into every step.
+        steps: of what each step depends on, all before it included; repetitions one after the other.
+    """
+
+    setting: str
+    steps: tuple[str, ...]
+
+
+def keys_of(chain: Chain, item: StagePlan, before: Output | None, stream: str, shelf: Shelf) -> Keys | None:
+    """The keys of a stage that is handed ``before``; None for one that does not denoise."""
+    stage = item.stage
+    if not isinstance(stage, Denoising) or item.run is None or item.source is None:
+        return None
+    machine = Machine.of(shelf)
+    setting = _digest(
+        {
+            "versions": versions(),
+            "device": device_name(machine.device),
+            "threads": torch.get_num_threads(),
+            "how": [str(machine.dtype), machine.attention, machine.fast],
+            "weights": [weights_of(item.source), item.changes.fingerprints(), item.companions.fingerprints()],
+            "prior": item.prior and weights_of(item.prior),
+            "stage": stage.model_dump(mode="json", exclude=_BY_STEP),
+            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(stage, chain.folder)],
+            "size": item.size,
+            "levels": len(item.run.whole),
+            "noise": [chain.seeds(), stream, item.continues],
+            "before": before and _handed(before, pixels=item.decodes),
+        }
+    )
+    found, key = list[str](), setting
+    for repetition in range(item.repeats):
+        for step in item.trace:
+            scales = [item.guidance_at(prediction.sigma) for prediction in step.predictions]
+            key = _digest([key, repetition, step.index, step.sigma, step.sigma_next, step.timestep, scales])
+            found.append(key)
+    return Keys(setting, tuple(found))
+
+
+def weights_of(source: Source) -> dict[str, str]:
+    """Fingerprints of a model's components, without loading it."""
+    return {name: fingerprint(source.part(name)) for name in source.parts}
+
+
+def _files(stage: Denoising, folder: Path) -> Iterator[Path]:
+    """Every file that the stage names, whatever for."""
+
+    def leaves(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from leaves(part)
+
+    for name in leaves(
+        stage.model_dump(mode="json", exclude={"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"})
+    ):
+        if name and (path := folder / name).is_file():
+            yield path
+
+
+def _handed(before: Output, *, pixels: bool) -> list[Any]:
+    """A digest of what a stage made, as the next one takes it."""
+    if pixels or before.latents is None:
+        return [picture_digest(picture) for picture in before.pictures()]
+    tensors, facts = packed(before.latents)
+    return [facts, *(hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors.values())]
+
+
+def _digest(value: Sequence[Any] | dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,259 @@
+"""What was made before is reused, to the byte; what is damaged is made again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from unrolled.chains.cache import Cache
+from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Stage, TextToImage
+from unrolled.chains.outputs import Result
+from unrolled.chains.replay import replay
+from unrolled.chains.run import run
+from unrolled.core.loading import Shelf
+from unrolled.core.loop import Step
+
+Watched = list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Shelf:
+    return Shelf(device="cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def chain(tiny_folder: Path) -> Chain:
+    common: dict[str, Any] = {"model": str(tiny_folder), "prompt": "a castle", "steps": 5, "solver": "dpm++2m-sde"}
+    return Chain(
+        stages=(
+            TextToImage(name="text", guidance_scale=[5.0] * 5, **common),
+            ImageToImage(name="again", strength=0.8, guidance_scale=[5.0] * 5, **common),
+        )
+    )
+
+
+def changed(chain: Chain, name: str, **options: object) -> Chain:
+    """The same chain with a stage told something else."""
+    stages = tuple(s.model_copy(update=options) if s.name == name else s for s in chain.stages)
+    return chain.model_copy(update={"stages": stages})
+
+
+def pixels(result: Result) -> list[bytes]:
+    return [picture.tobytes() for picture in result.pictures]
+
+
+@pytest.fixture
+def made(shelf: Shelf, cache: Cache) -> Callable[[Chain], tuple[Watched, Result]]:
+    """Runs a chain with the cache, sees that the pictures are those without it, and says which steps were run."""
+
+    def make(chain: Chain) -> tuple[Watched, Result]:
+        seen: Watched = []
+
+        def watch(stage: Stage, step: Step) -> None:
+            seen.append((stage.name, step.index))
+
+        result = run(chain, shelf, cache=cache, watch=watch)
+        plain = run(chain, shelf)
+        assert pixels(result) == pixels(plain)
+        assert result.trail == plain.trail
+        assert result.models == plain.models
+        return seen, result
+
+    return make
+
+
+TEXT = [("text", i) for i in range(5)]
+AGAIN = [("again", i) for i in range(1, 5)]
+
+
+def test_the_same_again_runs_nothing(chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]) -> None:
+    assert made(chain)[0] == TEXT + AGAIN
+    seen, result = made(chain)
+    assert seen == []
+    assert "Stage 'again': 4 of 4 steps were made before and reused." in result.notes
+
+
+def test_no_model_is_loaded_for_what_is_known(
+    chain: Chain, shelf: Shelf, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(chain, shelf, cache=cache)
+    monkeypatch.setattr(Shelf, "load", None)
+    assert pixels(run(chain, Shelf(device="cpu"), cache=cache)) == pixels(whole)
+
+
+def test_a_change_in_the_second_stage_reuses_the_first(
+    chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]
+) -> None:
+    made(chain)
+    assert made(changed(chain, "again", prompt="a house"))[0] == AGAIN
+    assert made(changed(chain, "text", prompt="a house"))[0] == TEXT + AGAIN
+
+
+def test_a_change_in_the_fourth_step_reuses_the_first_three(
+    chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]
+) -> None:
+    made(chain)
+    assert made(changed(chain, "text", guidance_scale=[5.0, 5.0, 5.0, 2.0, 5.0]))[0] == TEXT[3:] + AGAIN
+    # and on from what that run added to what it had reused
+    assert made(changed(chain, "text", guidance_scale=[5.0, 5.0, 5.0, 2.0, 1.0]))[0] == TEXT[4:] + AGAIN
+
+
+def test_a_run_that_stops_earlier_is_known(chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]) -> None:
+    made(chain)
+    rest = changed(changed(chain, "text", stop=Cut(step=3)), "again", start="handoff", strength=None)
+    assert made(rest)[0] == [("again", 3), ("again", 4)]
+    assert made(rest)[0] == []
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++2m", "heun", "pndm", "unipc", "dpm2", "dpm++sde", "lcm"])
+def test_prefixes_of_every_kind_of_solver(
+    solver: str, chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]
+) -> None:
+    stage = chain.stages[0].model_copy(update={"solver": solver, "steps": 8, "guidance_scale": [5.0] * 8})
+    job = chain.model_copy(update={"stages": (stage,)})
+    count = len(made(job)[0])
+    scales = [5.0] * 8
+    scales[-1] = 2.0
+    assert 0 < len(made(changed(job, "text", guidance_scale=scales))[0]) < count
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"batch": 2},
+        {"prompt": "a house"},
+        {"steps": 4, "guidance_scale": 5.0},
+        {"negative_prompt": "grey"},
+        {"eta": 0.5, "solver": "ddim"},
+    ],
+    ids=str,
+)
+def test_what_makes_other_latents_is_not_taken_for_the_same(
+    change: dict[str, Any], chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]
+) -> None:
+    job = chain.model_copy(update={"stages": chain.stages[:1]})
+    made(job)
+    other = job.model_copy(update=change) if {"seed", "batch"} & change.keys() else changed(job, "text", **change)
+    assert len(made(other)[0]) >= 4
+
+
+def test_repetitions_pictures_and_masks(
+    tiny_folder: Path,
+    picture: Image.Image,
+    mask: Image.Image,
+    tmp_path: Path,
+    made: Callable[[Chain], tuple[Watched, Result]],
+) -> None:
+    picture.save(tmp_path / "start.png")
+    mask.save(tmp_path / "mask.png")
+    common: dict[str, Any] = {"model": str(tiny_folder), "prompt": "a castle", "steps": 3, "solver": "euler"}
+    stages = (
+        ImageToImage(name="thrice", image="start.png", fit=True, strength=1.0, repeat=3, **common),
+        Inpaint(name="paint", mask="mask.png", fit=True, **common),
+        Resize(factor=2),
+    )
+    chain = Chain(stages=stages, folder=tmp_path, grid=True)
+    assert len(made(chain)[0]) == 12
+    assert made(chain)[0] == []
+    picture.rotate(180).save(tmp_path / "start.png")
+    assert len(made(chain)[0]) == 12
+
+
+def test_pictures_from_the_cache_can_be_replayed(chain: Chain, shelf: Shelf, cache: Cache, tmp_path: Path) -> None:
+    run(chain, shelf, cache=cache)
+    (file,) = run(chain, shelf, tmp_path / "out", cache=cache).files
+    again = replay(file)
+    assert (str(again), again.changed) == ("identical", ())
+
+
+# --- the folder
+
+
+def files(cache: Cache) -> list[Path]:
+    return sorted(cache.folder.glob("*/*.safetensors"))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def poisoned(path: Path) -> None:
+    data = path.read_bytes()
+    numbers = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:numbers] + bytes(byte ^ 1 for byte in data[numbers:]))
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lying(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'\\"sigma\\": ', b'\\"sigmo\\": '))
+
+
+@pytest.mark.parametrize("damage", [truncated, poisoned, emptied, lying])
+def test_damaged_files_are_made_again(
+    damage: Callable[[Path], None], chain: Chain, cache: Cache, made: Callable[[Chain], tuple[Watched, Result]]
+) -> None:
+    made(chain)
+    whole = {path: load_file(path).keys() for path in files(cache)}
+    for path in whole:
+        damage(path)
+    assert made(chain)[0] == TEXT + AGAIN
+    assert {path: load_file(path).keys() for path in files(cache)} == whole, "the names are digests"
+    assert made(chain)[0] == []
+
+
+def test_it_keeps_to_its_size(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
+    job = chain.model_copy(update={"stages": chain.stages[:1]})
+    one = Cache(tmp_path / "one")
+    run(job, shelf, cache=one)
+    (entry,) = files(one)
+    small = Cache(tmp_path / "small", limit=int(2.5 * entry.stat().st_size))
+    for seed in range(4):
+        run(job.model_copy(update={"seed": seed}), shelf, cache=small)
+        if seed == 1:  # the first is used again, so the second is the one to go
+            run(job, shelf, cache=small)
+    assert sum(path.stat().st_size for path in files(small)) <= small.limit
+    assert len(files(small)) == 2
+    none = Cache(tmp_path / "none", limit=10)
+    run(job, shelf, cache=none)
+    assert files(none) == []
+
+
+def test_two_runs_at_once_share_it(chain: Chain, cache: Cache, shelf: Shelf) -> None:
+    made: list[list[bytes]] = []
+    runs = [threading.Thread(target=lambda: made.append(pixels(run(chain, Shelf(device="cpu"), cache=cache)))) for _ in "ab"]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    assert made[0] == made[1]
+    assert len(files(cache)) == 2
+    assert not list(cache.folder.glob("*/.*"))
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file where the folder should be")
+    run(chain, shelf, cache=Cache(tmp_path / "blocked"))
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("UNROLLED_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache.usual().folder == tmp_path / "unrolled"
+    monkeypatch.setenv("UNROLLED_CACHE", str(tmp_path / "mine"))
+    assert Cache.usual().folder == tmp_path / "mine"
+    assert not os.listdir(tmp_path)
