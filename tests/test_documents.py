@@ -2,12 +2,17 @@
 
 import json
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import unrolled
 from pydantic import BaseModel
+from safetensors.torch import save_file
+from unrolled.chains.adapters import LoraOptions
 from unrolled.chains.chain import Denoising, ImageToImage, Inpaint, PriorOptions, SizeConditioning, TextToImage, Upscale
 
 ROOT = Path(unrolled.__file__).parent
@@ -46,6 +51,20 @@ def test_the_solver_of_ones_own_runs_and_is_of_second_order(capsys: pytest.Captu
     assert (ends[0] - ends[1]).abs().max() < 1e-12
 
 
+def test_the_adapters_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lora: Callable[..., Any]) -> None:
+    monkeypatch.chdir(tmp_path)
+    sd = unrolled.load("sd-1.5", device="cpu")
+    for name in ("style", "detail"):
+        write_lora(tmp_path / f"{name}.safetensors", sd, "kohya", parts=("unet", "text_encoder"), layers="attn")
+    save_file({"<its-own>": torch.zeros(2, sd.text_encoder.config.hidden_size)}, tmp_path / "toy.safetensors")
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    lora, word = (block for block in blocks if "lora(" in block or "textual_inversion(" in block)
+    exec(lora.replace("steps=20", "steps=2"), {})
+    assert (tmp_path / "castle.png").is_file()
+    exec(word, {})
+
+
 def test_the_costs_of_steps_are_those_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())["solvers"]
     text = (ROOT / "docs" / "solvers.md").read_text()
@@ -71,14 +90,15 @@ def test_every_key_of_a_stage_is_documented(kind: type[Denoising]) -> None:
     assert [name for name in kind.model_fields if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("kind", [PriorOptions, SizeConditioning])
+@pytest.mark.parametrize("kind", [LoraOptions, PriorOptions, SizeConditioning])
 def test_every_key_of_a_table_is_documented(kind: type[BaseModel]) -> None:
     text = (ROOT / "docs" / "chains.md").read_text()
     assert [name for name in kind.model_fields if f"{name} = " not in text] == []
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "miniatures" / "README.md"):
+    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in (".", "miniatures", "examples")))
+    for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
