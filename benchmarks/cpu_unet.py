@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from structures import STRUCTURES, conditioning, denoiser, network
+from structures import STRUCTURES, Compiled, conditioning, denoiser, network
 from torch import Tensor
 from unrolled.chains.record import versions
 from unrolled.core.schedule import Schedule
@@ -57,7 +57,7 @@ class Sides:
         self.x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(2))
         self.names = [
             "diffusers fp32", "diffusers fp32 NHWC", "diffusers bf16 autocast", "diffusers bf16 NHWC",
-            "ours fp32", "ours bf16", "ours bf16, torch's attention",
+            "ours fp32", "ours bf16", "ours bf16, Winograd",
         ]  # fmt: skip
         if compile_too:
             self.names += ["diffusers bf16 NHWC compiled, frozen", "ours bf16 compiled, frozen"]
@@ -71,7 +71,7 @@ class Sides:
             stack.enter_context(torch.no_grad())
             plain = network_call = denoiser("sd-1.5", unet)
             if name.startswith("ours") and "compiled" not in name:
-                stack.enter_context(optimise(unet, attention="sdpa" if "torch's attention" in name else "auto"))
+                stack.enter_context(optimise(unet, winograd="Winograd" in name))
                 network_call = prepared(plain, SCHEDULE)
             elif "NHWC" in name and "compiled" not in name:
                 stack.enter_context(channels_last(unet))
@@ -90,21 +90,8 @@ class Sides:
             else:
                 unet.to(memory_format=torch.channels_last)
             made = torch.compile(unet, options={"freezing": True})
-            self.compiled[name] = denoiser("sd-1.5", _Like(made, unet))
+            self.compiled[name] = denoiser("sd-1.5", Compiled(made, unet))
         return self.compiled[name]
-
-
-class _Like:
-    """A compiled network with the attributes of the one it was made of."""
-
-    def __init__(self, compiled: Any, unet: Any) -> None:
-        self.compiled, self.unet = compiled, unet
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.compiled(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.unet, name)
 
 
 def measure(sides: Sides, rounds: int) -> dict[str, dict[str, Any]]:
@@ -114,7 +101,7 @@ def measure(sides: Sides, rounds: int) -> dict[str, dict[str, Any]]:
     for i in range(2 * rounds):
         for name in sides.names if i % 2 == 0 else sides.names[::-1]:
             with sides.ready(name) as call:
-                call()  # warm up: oneDNN lays out weights at the first
+                call()  # warm up: oneDNN lays out weights at the first, Winograd's are made
                 began, began_busy = time.perf_counter(), time.process_time()
                 out[name] = call()
                 wall[name].append(time.perf_counter() - began)

@@ -16,7 +16,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 COMMANDS = {
-    "kernels": "benchmarks/kernels.py",
+    "operations": "benchmarks/operations.py",
+    "tune": "benchmarks/tune.py",
     "unet_step": "benchmarks/unet_step.py",
     "compiled": "benchmarks/unet_step.py --structures sd-1.5 sdxl-base --compile --output benchmarks/results/compiled.json",
     "pipelines": "benchmarks/pipelines.py",
@@ -121,23 +122,38 @@ def scaling(found: Result) -> Iterator[str]:
     yield from _left_out(found)
 
 
-def kernels(found: Result) -> Iterator[str]:
+def operations(found: Result) -> Iterator[str]:
     """A table for each operation."""
     for operation in dict.fromkeys(row["operation"] for row in found["rows"]):
         yield f"**{operation}**, {found['dtype']}\n"
         rows = [row for row in found["rows"] if row["operation"] == operation]
-        yield table(["case: side", "µs", "20–80 %", "rate", "of floor", "error"], map(_kernel_row, rows))
+        yield table(["case: side", "µs", "20–80 %", "rate", "of floor", "error"], map(_operation_row, rows))
     yield from _left_out(found)
 
 
-def _kernel_row(row: Result) -> list[str]:
-    name, error = f"{row['case']}: {row['side']}", f"{row['error']:.1e}" if "error" in row else ""
+def _operation_row(row: Result) -> list[str]:
+    inner = f" ({row['sdpa_chooses']})" if row["side"] == "sdpa" and "sdpa_chooses" in row else ""
+    name, error = f"{row['case']}: {row['side']}{inner}", f"{row['error']:.1e}" if "error" in row else ""
     if "ms" not in row:
         return [name, row.get("fault", "not measured"), "", "", "", error]
     rate = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row['gb_per_s']:.0f} GB/s"
     ms = {q: 1e3 * row["ms"][q] for q in ("q0.2", "q0.5", "q0.8")}
     spread = f"{ms['q0.2']:.1f}–{ms['q0.8']:.1f}"
     return [name, f"{ms['q0.5']:.1f}", spread, rate, f"{row['of_floor']:.0%}", error]
+
+
+def tune(found: Result) -> Iterator[str]:
+    """One table: our best cut, and every backend's time with it."""
+    yield f"Microseconds (median), {found['dtype']}; ours at its best cut, which `kernels/measured/` keeps.\n"
+    others = ("sdpa", "xformers", "torch")
+    rows = []
+    for case in found["cases"]:
+        times = {name: f"{1e3 * ms:.1f}" for name, ms in case["again_ms"].items()}
+        best = case["best"] or ""
+        ours = [best.removeprefix("triton "), times.get(best, "none was right")]
+        rows.append([f"{case['operation']}, {case['case']}", *ours, *(times.get(name, "") for name in others)])
+    yield table(["shape", "cut", "triton", *others], rows)
+    yield from _left_out(found)
 
 
 def cpu_unet(found: Result) -> Iterator[str]:
@@ -167,7 +183,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "compiled": ("One step, with torch.compile", unet_steps),
     "pipelines": ("Whole runs", pipelines),
     "scaling": ("Batch and resolution", scaling),
-    "kernels": ("Kernels", kernels),
+    "operations": ("Operations", operations),
+    "tune": ("The fastest backend of an operation", tune),
     "cpu_unet": ("On the CPU", cpu_unet),
 }
 

@@ -97,6 +97,20 @@ def _smaller(config: dict[str, Any], name: str) -> dict[str, Any]:
     return out
 
 
+class Compiled:
+    """A compiled network with the attributes of the one it was made of."""
+
+    def __init__(self, compiled: Any, unet: Any) -> None:
+        self.compiled, self.unet = compiled, unet
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the compiled one is called."""
+        return self.compiled(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unet, name)
+
+
 def denoiser(name: str, unet: Any) -> ConditionalDenoiser:
     """The structure's UNet as a conditional denoiser."""
     return UpscalerDenoiser(unet) if name == "x2" else UNetDenoiser(unet, STRUCTURES[name].kind)

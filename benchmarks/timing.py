@@ -7,16 +7,14 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
+from unrolled.kernels.measured_table import installed
 
 QUANTILES = (0.2, 0.5, 0.8)
 CEILING_TFLOPS = 790.0
@@ -30,9 +28,6 @@ Step = Callable[[], Any]
 
 def device_or_refuse(check: bool) -> torch.device:
     """CUDA; the CPU if this only checks the harness; else one sentence and exit code 1."""
-    # This folder has a kernels.py, and diffusers and transformers import theirs by that name.
-    here = str(Path(__file__).parent)
-    sys.path[:] = [path for path in sys.path if path != here]
     if check:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -45,7 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: installed(name) for name in LIBRARIES},
         "cuda": torch.version.cuda,
         "load_average": os.getloadavg(),
     }
@@ -104,6 +99,31 @@ def milliseconds(step: Step, device: torch.device, repeats: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
+def single_calls(sides: dict[str, Step], device: torch.device, seconds: float, rounds: int = 40) -> dict[str, list[float]]:
+    """Milliseconds of calls that are shorter than their launch, A B B A for so many rounds or seconds, but three rounds.
+
+    Before each the L2 is flushed, by what takes longer than the host does to enqueue what follows.
+    """
+    if device.type != "cuda":
+        return interleaved(sides, device, 0.0, repeats=1, pause=0.0)
+    for step in [*sides.values()] * 3:
+        step()
+    flush = torch.ones(1 << 28, device=device)  # 1 GB, many times the cache
+    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in sides}
+    ends, done = time.perf_counter() + seconds, 0
+    while done < 3 or (time.perf_counter() < ends and done < rounds):
+        for name in [*sides, *reversed(sides)]:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            flush.zero_()
+            began.record()
+            sides[name]()
+            ended.record()
+            spans[name].append((began, ended))
+        torch.cuda.synchronize()
+        done += 1
+    return {name: [began.elapsed_time(ended) for began, ended in pairs] for name, pairs in spans.items()}
+
+
 def interleaved(
     sides: dict[str, Step], device: torch.device, seconds: float, repeats: int = 5, pause: float = 0.05
 ) -> dict[str, list[float]]:
@@ -141,6 +161,18 @@ def launches(step: Step, device: torch.device) -> dict[str, int] | None:
     """How many kernels and copies the device ran for one call, and how often the host told it to."""
     if device.type != "cuda":
         return None
+    on_device, on_host = _events(step)
+    told = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync")
+    return {"on_device": len(on_device), "from_host": sum(name.startswith(told) for name in on_host)}
+
+
+def kernels_run(step: Step, device: torch.device) -> list[str]:
+    """The names of the kernels that the device ran for one call: what a library chose, as it happened."""
+    return [] if device.type != "cuda" else [name[:120] for name in dict.fromkeys(_events(step)[0])]
+
+
+def _events(step: Step) -> tuple[list[str], list[str]]:
+    """What the profiler saw on the device and on the host, in one call after another."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -148,27 +180,15 @@ def launches(step: Step, device: torch.device) -> dict[str, int] | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    names = [event.name for event in seen.events()]
-    on_device = sum(
-        event.device_type == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
-        for event in seen.events()
-    )
-    told = sum(
-        name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync")) for name in names
-    )
-    return {"on_device": on_device, "from_host": told}
+    found: tuple[list[str], list[str]] = [], []
+    for event in seen.events():
+        found[event.device_type != torch.autograd.DeviceType.CUDA].append(event.name)  # type: ignore[attr-defined]
+    return found
 
 
 def floor_ms(tflop: float, gigabytes: float) -> float:
     """The larger of the times that the arithmetic and the weights take at the measured ceilings."""
     return max(1e3 * tflop / CEILING_TFLOPS, gigabytes / CEILING_TBS)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _wait(device: torch.device) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from structures import STRUCTURES, conditioning, denoiser, network
+from structures import STRUCTURES, Compiled, conditioning, denoiser, network
 from timing import (
     Step,
     clocks,
@@ -38,6 +38,7 @@ from timing import (
 from torch import Tensor
 from unrolled.core.guidance import classifier_free
 from unrolled.core.schedule import Schedule
+from unrolled.kernels import measured_table
 from unrolled.kernels.backends import fault
 from unrolled.kernels.fast import captured, optimise, prepared
 from unrolled.schedulers import Euler
@@ -103,21 +104,8 @@ def diffusers_side(job: Job, change: Callable[[Any], Any] = lambda unet: unet) -
     cond, uncond = job.conditions(unet)
     inner = denoiser(job.name, unet)
     if network is not unet:
-        object.__setattr__(inner, "unet", _Compiled(network, unet))
+        object.__setattr__(inner, "unet", Compiled(network, unet))
     return job.step(classifier_free(inner, cond, uncond, SCALE), Euler())
-
-
-class _Compiled:
-    """A compiled network with the attributes of the one it was made of."""
-
-    def __init__(self, compiled: Any, unet: Any) -> None:
-        self.compiled, self.unet = compiled, unet
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.compiled(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.unet, name)
 
 
 def our_side(job: Job, mode: Any, attention: Any, norms: Any, compiler: dict[str, Any] | None = None) -> Step:
@@ -138,13 +126,14 @@ def sides(job: Job, compile_too: bool) -> dict[str, Callable[[], Step]]:
     }
     if fault("xformers", job.device) is None:
         found["diffusers + xformers"] = lambda: diffusers_side(job, _with_xformers)
-    kinds: list[Any] = ["sdpa"]
+    modes = [("eager", "sdpa"), ("graph", "sdpa")]
     if job.device.type == "cuda" and fault("triton", job.device) is None:
-        kinds.append("triton")
-    for kind in kinds:
-        norms: Any = "triton" if kind == "triton" else "auto"
-        for mode in ("eager", "graph"):
-            found[f"ours {mode}, {kind}"] = lambda m=mode, k=kind, n=norms: our_side(job, m, k, n)  # type: ignore[misc]
+        modes += [("eager", "triton"), ("graph", "triton")]
+    if (card := measured_table.card(job.device)) and measured_table.table(card).rows:
+        modes.append(("graph", "auto"))  # what a user has, who asks for nothing
+    for mode, kind in modes:
+        norms = "torch" if kind == "sdpa" else kind
+        found[f"ours {mode}, {kind}"] = lambda m=mode, k=kind, n=norms: our_side(job, m, k, n)  # type: ignore[misc]
     if compile_too:
         cpu = job.device.type == "cpu"
         options: dict[str, Any] = {"backend": "eager"} if cpu else COMPILED
@@ -152,7 +141,7 @@ def sides(job: Job, compile_too: bool) -> dict[str, Callable[[], Step]]:
             job, lambda unet: torch.compile(unet.to(memory_format=torch.channels_last), **options)
         )
         ours: dict[str, Any] = {"backend": "eager"} if cpu else OURS_COMPILED
-        found["ours compiled + graph, sdpa"] = lambda: our_side(job, "compile+graph", "sdpa", "auto", ours)
+        found["ours compiled + graph, sdpa"] = lambda: our_side(job, "compile+graph", "sdpa", "torch", ours)
     return found
 
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..core.errors import BadInput
 from .attention_chunked import chunked, pays
-from .backends import Backend, require
+from .backends import Backend, fastest, measurable, require
+from .tuning import attention_key
 
 
 def attention(
@@ -30,7 +31,8 @@ def attention(
         bias: added to the scores, broadcastable to (batch, heads, queries, keys); -inf leaves a key out, and a query
             that is left no key at all comes out as 0. Our kernel takes anything below -2e38 for -inf.
         scale: of the products, by default one over the root of the head size.
-        backend: "auto" is torch's own, but in half precision on a CPU "chunked" where that was measured to be faster.
+        backend: "auto" is the one that was measured to be the fastest at such sizes on this card, or torch's own where
+            none was, or a bias, a gradient or torch.compile comes in; on a CPU, in bfloat16, "chunked" where that is.
 
     Returns:
         (batch, queries, heads, head size), contiguous.
@@ -41,18 +43,19 @@ def attention(
     require_shapes(q, k, v, bias)
     require(backend, q.device, q.shape[-1], q.dtype)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if backend == "triton":
+    name = _automatic(q, k, v, bias) if backend == "auto" else backend
+    if name == "triton":
         _require_no_gradient(bias)
         out: Tensor = fused(q, k, v, bias, scale)[0]
         return out
-    if backend == "reference":
+    if name == "reference":
         return reference(q, k, v, bias, scale)[0]
-    if backend == "xformers":
+    if name == "xformers":
         from xformers.ops import memory_efficient_attention
 
         whole = bias if bias is None else bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1]).to(q.dtype)
         return memory_efficient_attention(q, k, v, attn_bias=whole, scale=scale)  # type: ignore[no-any-return]
-    if backend == "chunked" or (backend == "auto" and pays(q, k.shape[1])):
+    if name == "chunked":
         return chunked(q, k, v, bias, scale)
     mask = None if bias is None else bias.to(q.dtype)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # heads before lengths, as torch has them
@@ -148,6 +151,15 @@ def _flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 def _backward_flops(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
     batch, queries, heads, size = q
     return 10 * batch * heads * queries * int(k[1]) * size  # type: ignore[no-any-return]
+
+
+def _automatic(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+    """The backend that "auto" is."""
+    if pays(q, k.shape[1]):
+        return "chunked"
+    if bias is not None or not measurable(q, k, v):
+        return "sdpa"
+    return fastest(attention_key(q, k.shape[1]), q.device, "sdpa")
 
 
 def _require_no_gradient(bias: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import EXACT, LOG2_E, _bias, aligned, bias_kind, bias_strides
-from .tuning import Blocks, backward_blocks
+from .tuning import Passes, backward_passes
 
 
 def launch(
@@ -20,7 +20,7 @@ def launch(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    blocks: Blocks | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, each of its shape and contiguous."""
     batch, queries, heads, size = q.shape
@@ -29,19 +29,20 @@ def launch(
     # What the softmax takes off every row's gradient.
     delta = torch.einsum("bmhd,bmhd->bhm", grad.float(), out.float()).contiguous()
     dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k, v))
-    blocks = blocks or backward_blocks(q, keys)
+    kept, passed, warps, stages = passes or backward_passes(q)
     inputs = (q, k, v, q if bias is None else bias, grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
     strides = (*strides, *bias_strides(bias, (batch, heads, queries, keys)))
     options = {
         "SIZE": size, "PADDED": max(16, triton.next_power_of_2(size)), "ALIGN": aligned(grad, q, k, v, dq, dk),
-        **bias_kind(bias),
-        "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages,
+        **bias_kind(bias), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     sizes = (heads, queries, keys, scale)
-    _of_keys[(triton.cdiv(keys, blocks.keys), batch * heads)](*inputs, dk, dv, *strides, *dk.stride()[:3], *sizes, **options)
-    _of_queries[(triton.cdiv(queries, blocks.queries), batch * heads)](
-        *inputs, dq, *strides, *dq.stride()[:3], *sizes, **options
+    _of_keys[(triton.cdiv(keys, kept), batch * heads)](
+        *inputs, dk, dv, *strides, *dk.stride()[:3], *sizes, **options, BLOCK_M=passed, BLOCK_N=kept
+    )
+    _of_queries[(triton.cdiv(queries, kept), batch * heads)](
+        *inputs, dq, *strides, *dq.stride()[:3], *sizes, **options, BLOCK_M=kept, BLOCK_N=passed
     )
     return dq, dk, dv
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import Blocks, attention_blocks
+from .measured_table import Blocks
+from .tuning import attention_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -23,7 +24,7 @@ def launch(
     q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
     out = torch.empty(batch, queries, heads, size, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    blocks = blocks or attention_blocks(q, keys)
+    blocks = blocks or attention_blocks(q, keys, biased=bias is not None)
     main, tail = head_parts(size)
     _forward[(triton.cdiv(queries, blocks.queries), batch * heads)](
         q, k, v, q if bias is None else bias, out, lse,

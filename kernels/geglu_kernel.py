@@ -7,19 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .measured_table import Tile
 from .tuning import geglu_tile
 
 OVER_ROOT_2 = tl.constexpr(0.7071067811865476)
 
 
-def launch(projected: Tensor) -> Tensor:
+def launch(projected: Tensor, tile: Tile | None = None) -> Tensor:
     """(…, n) of (…, 2 n), contiguous."""
     size = projected.shape[-1] // 2
     out = torch.empty(*projected.shape[:-1], size, dtype=projected.dtype, device=projected.device)
     if not out.numel():
         return out
     rows = projected.reshape(-1, 2 * size)
-    tile = geglu_tile(size)
+    tile = tile or geglu_tile(projected)
     _geglu[(triton.cdiv(len(rows), tile.rows), triton.cdiv(size, tile.columns))](
         rows, out, *rows.stride(), len(rows), size, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps
     )

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import flat, memory_format
+from .measured_table import Strips
 from .tuning import group_norm_strips
 
 
@@ -26,6 +27,7 @@ def launch(
     shift: Tensor | None,
     eps: float,
     silu: bool,
+    strips: Strips | None = None,
 ) -> Tensor:
     """Like x, in its memory format."""
     out = torch.empty_like(x, memory_format=memory_format(x))
@@ -34,7 +36,7 @@ def launch(
     x, strides = flat(x)
     batch, channels = x.shape[:2]
     length = x.numel() // (batch * channels)
-    strips = group_norm_strips(batch, channels, length, channels_last=strides[1] == 1)
+    strips = strips or group_norm_strips(x)
     splits = triton.cdiv(length, strips.stretch)
     partial = torch.empty(batch, splits, 2, channels, dtype=torch.float32, device=x.device)
     folded = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)

@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .measured_table import Rows
 from .tuning import row_blocks
 
 
-def launch(x: Tensor, more: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, more: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, blocks: Rows | None = None
+) -> tuple[Tensor, Tensor]:
     """The sum (x itself without ``more``) and its norm, contiguous."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if more is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -19,7 +22,7 @@ def launch(x: Tensor, more: Tensor | None, weight: Tensor | None, bias: Tensor |
     size = x.shape[-1]
     rows = x.reshape(-1, size)
     more_rows = rows if more is None else more.reshape(-1, size)
-    blocks = row_blocks(len(rows), size)
+    blocks = blocks or row_blocks("layer_norm" if more is None else "add_layer_norm", x)
     _norm[(triton.cdiv(len(rows), blocks.rows),)](
         rows, more_rows, *(x if part is None else part.contiguous() for part in (weight, bias)), total, out,
         *rows.stride(), *more_rows.stride(), len(rows), eps,

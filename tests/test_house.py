@@ -24,7 +24,10 @@ VALUES = {
     "conditioning", "control", "denoiser", "errors", "files", "guidance", "latents", "mixture", "noise", "prediction",
     "schedule", "solver",
 }  # fmt: skip
-LOADING = {"catalog", "checkpoint", "companions", "hub", "image_adapter", "loading", "single_file", "source", "weights", "memory", "model"}
+LOADING = {
+    "catalog", "checkpoint", "companions", "hub", "image_adapter", "loading", "lora", "memory", "model", "single_file",
+    "source", "textual_inversion", "weights",
+}  # fmt: skip
 
 GROUND = {"values", "kernels"}
 MAY_IMPORT = {
@@ -157,6 +160,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_all_data(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     data = [ROOT / "py.typed", *(ROOT / "chains").glob("*.toml"), *(ROOT / "chains").glob("inputs/*")]
+    data += (ROOT / "chains" / "film").glob("page.*")
     data += [f for f in (ROOT / "miniatures").glob("*/**/*") if f.suffix in (".json", ".safetensors", ".txt")]
     wanted = {*modules(), *(f.relative_to(ROOT) for f in data)}
     assert {f"unrolled/{path.as_posix()}" for path in wanted} <= held

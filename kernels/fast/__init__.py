@@ -1,4 +1,4 @@
-"""diffusers' networks made fast in place, and undone: see :func:`optimise`, :func:`prepared` and :func:`captured`.
+"""diffusers' networks made fast in place, and undone: see :func:`optimise`, :func:`prepared`, :func:`captured`.
 
 Loaded when first asked for: it needs diffusers' classes, which take seconds to import.
 """
@@ -9,13 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .call import CapturedCall, captured_call
     from .capture import CapturedStep, captured
     from .kept import FastDenoiser, prepared
     from .network import Optimised, fast_of, optimise
 
-__all__ = ["CapturedStep", "FastDenoiser", "Optimised", "captured", "fast_of", "optimise", "prepared"]
+__all__ = [
+    "CapturedCall", "CapturedStep", "FastDenoiser", "Optimised", "captured", "captured_call", "fast_of", "optimise",
+    "prepared",
+]  # fmt: skip
 
-_HOMES = {"CapturedStep": "capture", "captured": "capture", "FastDenoiser": "kept", "prepared": "kept"}
+_HOMES = {
+    "CapturedCall": "call", "captured_call": "call", "CapturedStep": "capture", "captured": "capture",
+    "FastDenoiser": "kept", "prepared": "kept",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

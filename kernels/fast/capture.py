@@ -7,18 +7,15 @@ looked at by somebody runs in the parts that it needs, and a Note says so.
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
-from ...core.denoiser import ConditionalDenoiser, UNetDenoiser, UpscalerDenoiser
-from ...core.errors import BadInput, Note
+from ...core.denoiser import ConditionalDenoiser, Denoiser, UNetDenoiser, UpscalerDenoiser
+from ...core.errors import BadInput
 from ...core.guidance import GuidanceScale, classifier_free, paired
 from ...core.prediction import Kind, Prediction
 from ...core.schedule import Schedule
@@ -26,13 +23,8 @@ from ...core.solver import Draw, Evaluate, History, Solver
 from ..guided_step import EARLIER, step_numbers
 from .kept import FastDenoiser
 from .network import fast_of
-from .piece import Piece
-from .snapshot import strangers
-
-Mode = Literal["auto", "eager", "graph", "compile", "compile+graph"]
-
-AT_MOST = 4
-"""Pieces kept for a network, one per shape; the oldest goes."""
+from .piece import NO_UPDATE, Piece
+from .recorded import Mode, Recorder
 
 
 def captured(
@@ -43,6 +35,7 @@ def captured(
     schedule: Schedule,
     solver: Solver,
     *,
+    rescale: float = 0.0,
     mode: Mode = "auto",
     compiler: dict[str, Any] | None = None,
 ) -> CapturedStep:
@@ -54,19 +47,20 @@ def captured(
         network: ``model.denoiser`` of a model whose UNet was optimised.
         solver: any. If its step is a row of numbers without noise or corrector (Euler, DPM++ 2M, PLMS), the update is part
             of the piece, else it works on what comes out.
+        rescale: of guidance, see :func:`~unrolled.core.guidance.classifier_free`.
         mode: "graph" captures a CUDA graph, "compile" is torch.compile, "compile+graph" both; on a CPU there are no
             graphs. "auto" is "eager" until somebody has measured what wins.
         compiler: what to hand to ``torch.compile``, e.g. ``{"mode": "max-autotune-no-cudagraphs"}``.
 
     Raises:
-        BadInput: the UNet was not optimised, or there is no such mode.
+        BadInput: the UNet was not optimised, there is no such mode, or rescale is not from 0 to 1.
     """
-    if mode not in get_args(Mode):
-        raise BadInput(f"There is no mode {mode!r} of capturing: use {', '.join(get_args(Mode))}.")
     if type(network) not in (UNetDenoiser, UpscalerDenoiser) or fast_of(network.unet) is None:  # type: ignore[attr-defined]
         raise BadInput("Only the denoiser of an optimised UNet can be captured: call optimise(model.unet) first.")
     fast = FastDenoiser(network, schedule)  # type: ignore[arg-type]
-    return CapturedStep(fast, cond, uncond, guidance_scale, solver, mode, compiler or {})
+    parts = classifier_free(fast, cond, uncond, guidance_scale, rescale=rescale)
+    recorder = Recorder("step", "runs in parts", mode, compiler)
+    return CapturedStep(fast, cond, uncond, guidance_scale, rescale, solver, parts, recorder)
 
 
 class Coming(NamedTuple):
@@ -78,52 +72,51 @@ class Coming(NamedTuple):
     earlier: tuple[Tensor, ...]
 
 
+@dataclass(eq=False)
 class CapturedStep:
-    """See :func:`captured`. ``seconds`` is what making the pieces took, the first call's cost beside the step itself."""
+    """See :func:`captured`. ``parts`` is the same guided denoiser, for what does not run as one piece."""
 
-    def __init__(
-        self,
-        fast: FastDenoiser,
-        cond: Conditioning,
-        uncond: Conditioning,
-        guidance_scale: GuidanceScale,
-        solver: Solver,
-        mode: Mode,
-        compiler: dict[str, Any],
-    ) -> None:
-        self.fast, self.cond, self.guidance_scale, self.mode, self.compiler = fast, cond, guidance_scale, mode, compiler
-        self.parts = classifier_free(fast, cond, uncond, guidance_scale)
-        self.inner_solver, self.uncond = solver, uncond
-        self.seconds = 0.0
-        self._pair = paired(cond, uncond)
+    fast: FastDenoiser
+    cond: Conditioning
+    uncond: Conditioning
+    guidance_scale: GuidanceScale
+    rescale: float
+    inner_solver: Solver
+    parts: Denoiser
+    recorder: Recorder
+
+    def __post_init__(self) -> None:
+        self._pair = paired(self.cond, self.uncond)
         self._coming: Coming | None = None
         self._done: tuple[Prediction, Tensor] | None = None
-        self._said = set[str]()
+
+    @property
+    def seconds(self) -> float:
+        """What making the pieces took, the first call's cost beside the step itself."""
+        return self.recorder.seconds
 
     def denoiser(self, x: Tensor, sigma: float, timestep: float) -> Prediction:
         """The guided prediction; if our solver asked for it, the next x is computed with it."""
-        scale = self.guidance_scale(sigma) if callable(self.guidance_scale) else self.guidance_scale
         coming, self._coming, self._done = self._coming, None, None
-        piece = self._piece(x, guided=scale > 1.0)
-        if piece is None:
+        scale = self.guidance_scale(sigma) if callable(self.guidance_scale) else self.guidance_scale
+        guided = scale > 1.0
+        piece = self._piece(x, guided)
+        kept = (
+            None if piece is None else self.fast.kept_for(self._for(x, guided), x.new_empty(2 * len(x), 1) if guided else x)
+        )
+        if piece is None or kept is None:
             return self.parts(x, sigma, timestep)
-        conditioning = self._pair(len(x)) if scale > 1.0 else self.cond
-        kept = self.fast.kept_for(conditioning, x if scale <= 1.0 else x.new_empty(2 * len(x), 1))
-        if kept is None:
-            return self.parts(x, sigma, timestep)
+        if coming is not None and (coming.x is not x or coming.sigma != sigma):
+            coming = None  # somebody in between asks for something else
+        row, earlier = (NO_UPDATE, ()) if coming is None else (coming.row, coming.earlier)
         inner = self.fast.inner
-        asked = coming is not None and coming.x is x and coming.sigma == sigma
-        row, earlier = (coming.row, coming.earlier) if asked and coming is not None else ((1.0, (0.0,), 0.0), ())
         numbers = step_numbers(scale, self._kind, sigma, row, getattr(self.inner_solver, "predicts", "x0"))
-        tells = inner.tells(sigma, timestep)
-        out, guided, x_next, x0 = piece.run(x, inner.input_scale(sigma), numbers, earlier, kept, tells)
+        out, mixed, x_next, x0 = piece.run(x, inner.input_scale(sigma), numbers, earlier, kept, inner.tells(sigma, timestep))
         prediction = inner.read(out, x, sigma)
-        if scale > 1.0:
-            without, with_ = prediction.out.chunk(2)
-            variance = None if prediction.variance is None else prediction.variance[len(x) :]
-            prediction = replace(prediction, out=guided, x=x, cond=with_, uncond=without, variance=variance)
+        if guided:
+            prediction = _guided(prediction, mixed, x)
         vars(prediction)["x0"] = x0  # the same as it would compute
-        if asked:
+        if coming is not None:
             self._done = prediction, x_next
         return prediction
 
@@ -132,7 +125,7 @@ class CapturedStep:
     ) -> tuple[Tensor, History]:
         """The next x from the same piece, if it is ours to compute, else by the solver itself."""
         row: Callable[[float, float, History], Any] | None = getattr(self.inner_solver, "row", None)
-        found = None if row is None or self.mode in ("auto", "eager") else row(sigma, sigma_next, history)
+        found = None if row is None or not self.recorder.records else row(sigma, sigma_next, history)
         if found is None or len(found[1]) > EARLIER:
             return self.inner_solver(denoise, x, sigma, sigma_next, history, noise)
         self._coming, self._done = Coming(x, sigma, *found), None
@@ -141,7 +134,9 @@ class CapturedStep:
         if done is not None and done[0] is prediction:
             return done[1], self.inner_solver.remembering(history, sigma, prediction)
         if done is not None:
-            self._say("something between the denoiser and the solver changes the prediction: the solver works on that")
+            self.recorder.say(
+                "something between the denoiser and the solver changes the prediction: the solver works on that"
+            )
         return self.inner_solver(lambda *_: prediction, x, sigma, sigma_next, history, noise)
 
     @property
@@ -154,46 +149,26 @@ class CapturedStep:
         order = getattr(self.inner_solver, "order", 1) if hasattr(self.inner_solver, "row") else 1
         return min(int(order) - 1, EARLIER)
 
+    def _for(self, x: Tensor, guided: bool) -> Conditioning:
+        return self._pair(len(x)) if guided else self.cond
+
     def _piece(self, x: Tensor, guided: bool) -> Piece | None:
         """The piece for these latents, made if need be; None if the step has to run in parts."""
-        made = fast_of(self.fast.inner.unet)
-        if self.mode in ("auto", "eager") or made is None or torch.is_grad_enabled():
-            return None
         if guided and not self.cond.stackable(self.uncond):
             return None
-        unet = self.fast.inner.unet
-        key = (
-            self.mode,
-            repr(self.compiler),
-            self._kind,
-            guided,
-            x.shape,
-            x.dtype,
-            x.device,
-            self._earlier,
-            repr(self.cond),
-        )
-        piece: Piece | None = made.pieces.get(key)
-        if piece is not None and piece.snapshot.holds():
-            return piece
-        if why := strangers(unet, made.shared):
-            self._say(f"{why}: the step runs in parts, and is not captured")
-            return None
-        began = time.perf_counter()
-        if len(made.pieces) >= AT_MOST:
-            made.pieces.pop(next(iter(made.pieces)))
-        made.pieces.pop(key, None)
-        conditioning = self._pair(len(x)) if guided else self.cond
-        try:
-            piece = Piece(self.fast, made.shared, conditioning, x, guided, self._earlier, self.mode, self.compiler)
-        except RuntimeError as error:  # of CUDA's capture, or of memory
-            self._say(f"the step could not be captured ({str(error).splitlines()[0]}), and runs in parts")
-            return None
-        made.pieces[key] = piece
-        self.seconds += time.perf_counter() - began
-        return piece
+        made = fast_of(self.fast.inner.unet)
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
-            warnings.warn(f"{sentence[0].upper()}{sentence[1:]}.", Note, stacklevel=4)
+        def make() -> Piece:
+            assert made is not None
+            settings = guided, self.rescale, self._earlier, self.recorder.mode, self.recorder.compiler
+            return Piece(self.fast, made.shared, self._for(x, guided), x, *settings)
+
+        key = (self._kind, guided, self.rescale, x.shape, x.dtype, x.device, self._earlier, repr(self.cond))
+        return self.recorder.piece(made, self.fast.inner.unet, key, make)
+
+
+def _guided(both: Prediction, out: Tensor, x: Tensor) -> Prediction:
+    """The guided prediction, from that of both conditionings and what guidance made of their outputs."""
+    uncond, cond = both.out.chunk(2)
+    variance = None if both.variance is None else both.variance[len(x) :]
+    return replace(both, out=out, x=x, cond=cond, uncond=uncond, variance=variance)

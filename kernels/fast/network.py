@@ -25,10 +25,11 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import KUpsample2D
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPAttention
 
 from ...core.errors import BadInput
 from ..backends import Backend, Choice, ours, require
-from . import attention_layer, blocks, unet
+from . import attention_layer, blocks, clip, convolutions, unet
 from .attention_layer import Forward
 from .projections import Fused, join_after_moves, joinable
 from .shared import Shared
@@ -104,41 +105,50 @@ def optimise(
     norms: Choice = "auto",
     channels_last: bool = True,
     fuse_qkv: bool = True,
+    winograd: bool = False,
 ) -> Optimised:
     """Make a diffusers network fast in place.
 
-    For UNet2DConditionModel (every system here), AutoencoderKL and VQModel. Of transformers' CLIP encoders only the norms
-    are ours: they run once a prompt, and their attention and activations are the library's choice.
+    For UNet2DConditionModel (every system here), AutoencoderKL and VQModel, and of transformers' CLIP encoders, of text and
+    pictures, the norms and attention.
 
     Args:
         attention: the backend of attention, see :func:`~unrolled.kernels.attention.attention`.
         norms: the backend of GroupNorm, LayerNorm and GEGLU.
         channels_last: convolutions in channels-last memory, in which a picture's tokens need no copy.
         fuse_qkv: one product for queries, keys and values (of cross attention: keys and values).
+        winograd: on a CPU in bfloat16, wide 3x3 convolutions by :func:`~unrolled.kernels.winograd.winograd`, for which
+            their weights are kept a second time, 16/9 as large, and the output's rounding error grows by a third; see
+            docs/profiling.md.
 
     Returns:
         What undoes it. Speaks for the network in :func:`~unrolled.kernels.fast.kept.prepared` too.
 
     Raises:
-        BadInput: it is fast already, or a backend cannot run here.
+        BadInput: it is fast already, or a backend cannot run here, or not with its heads.
     """
     if fast_of(network) is not None:
         raise BadInput(f"This {type(network).__name__} is optimised already: undo that first.")
+    found = [(name, m, _forward_for(m, network)) for name, m in network.named_modules()]
     parameter = next(network.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
-        require(attention, parameter.device)
         ours("norms", norms, parameter)
+        heads = {size for _, module, forward in found if forward is not None and (size := _head_size(module)) is not None}
+        for size in (None, *sorted(heads)):
+            require(attention, parameter.device, size, parameter.dtype)
     made = Optimised(network, Shared(attention, norms, channels_last))
-    for name, module in network.named_modules():
-        if "forward" in module.__dict__:
-            continue  # somebody's hook that works by replacing it, accelerate's say
-        if (forward := _forward_for(module, network)) is None:
+    for name, module, forward in found:
+        if forward is None:
             continue
         made.shared.names[module] = name or type(module).__name__
         made.put(module, forward(made.shared))
-        if fuse_qkv and isinstance(module, Attention):
-            for layers in attention_layer.projections(module):
-                made.fuse(module, layers)
+        for layers in _projections(module) if fuse_qkv else ():
+            made.fuse(module, layers)
+    if winograd:
+        for module in network.modules():
+            if convolutions.supported(module) and "forward" not in vars(module):
+                made.put(module, convolutions.convolution_forward(made.shared))
+        made._undo.append(made.shared.filtered.clear)
     if channels_last:
         for module in network.modules():
             if isinstance(module, nn.Conv2d) and type(module.weight) is nn.Parameter and module.weight.ndim == 4:
@@ -157,8 +167,12 @@ def fast_of(network: Any) -> Optimised | None:
 def _forward_for(module: nn.Module, network: nn.Module) -> Callable[[Shared], Forward] | None:
     """Which of our forwards stands for a module's own; None if none does all that it can do."""
     m: Any = module
+    if "forward" in vars(module):
+        return None  # somebody's hook that works by replacing it, accelerate's say
     if isinstance(module, Attention):
         return attention_layer.attention_forward if attention_layer.supported(m) else None
+    if type(module) is CLIPAttention:
+        return None if clip.touched(m) else clip.clip_attention_forward
     if type(module) is ResnetBlock2D:
         known = type(m.nonlinearity) is nn.SiLU and m.time_embedding_norm in ("default", "scale_shift")
         return blocks.resnet_forward if known else None
@@ -175,6 +189,19 @@ def _forward_for(module: nn.Module, network: nn.Module) -> Callable[[Shared], Fo
         ends = (type(m.conv_norm_out), type(m.conv_act))
         return blocks.coder_forward if ends == (nn.GroupNorm, nn.SiLU) else None
     return _ALWAYS.get(type(module))
+
+
+def _head_size(module: Any) -> int | None:
+    if isinstance(module, CLIPAttention):
+        return int(module.head_dim)
+    return int(module.inner_dim // module.heads) if isinstance(module, Attention) else None
+
+
+def _projections(module: nn.Module) -> list[list[nn.Linear]]:
+    """Of an attention layer, those that have one input each."""
+    if isinstance(module, Attention):
+        return attention_layer.projections(module)
+    return [clip.projections(module)] if isinstance(module, CLIPAttention) else []
 
 
 _ALWAYS: dict[type[nn.Module], Callable[[Shared], Forward]] = {

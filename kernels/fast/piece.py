@@ -13,15 +13,16 @@ from torch import Tensor
 
 from ...core.conditioning import Conditioning
 from ...core.denoiser import UpscalerDenoiser, with_channels_of
+from ...core.guidance import rescaled
 from .. import guided_step
+from ..backends import ours
 from .attention_layer import keys_values
 from .kept import FastDenoiser, Kept, keep, using
+from .recorded import Mode, Recorded
 from .shared import Shared
-from .snapshot import Snapshot
 
-NO_UPDATE = guided_step.step_numbers(1.0, "epsilon", 1.0, (1.0, (0.0,), 0.0))
-WARM_UPS = 3
-"""Runs before a capture, in which libraries choose their kernels and take their memory."""
+NO_UPDATE: guided_step.Row = (1.0, (0.0,), 0.0)
+"""The row of a step that nobody asked for: x stays."""
 
 
 class Piece:
@@ -30,6 +31,7 @@ class Piece:
     Args:
         conditioning: of all images for both, or of the prompt alone if not ``guided``.
         x: latents as they will come.
+        rescale: see :func:`~unrolled.core.guidance.classifier_free`.
         earlier: how many earlier estimates the solver may take.
     """
 
@@ -40,29 +42,23 @@ class Piece:
         conditioning: Conditioning,
         x: Tensor,
         guided: bool,
+        rescale: float,
         earlier: int,
-        mode: str,
+        mode: Mode,
         compiler: dict[str, Any],
     ) -> None:
-        self.fast, self.shared, self.guided = fast, shared, guided
+        self.fast, self.shared, self.guided, self.rescale = fast, shared, guided, rescale
         self.x = x.clone()
         self.earlier = [torch.zeros_like(x) for _ in range(earlier)]
         # The scale of the input, the timestep, and what guidance, estimates and step multiply with.
-        self.floats = torch.ones(2 + len(NO_UPDATE), dtype=torch.float32, device=x.device)
+        numbers = guided_step.step_numbers(1.0, "epsilon", 1.0, NO_UPDATE)
+        self.floats = torch.tensor([1.0, 1.0, *numbers], dtype=torch.float32, device=x.device)
         both = torch.cat([x, x]) if guided else x
         own = fast.inner.ready(conditioning, both)._map(torch.clone)
         self.kept = keep(fast.inner, fast.schedule, own, both)
         self._own_buffers()
         self.source: Kept | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.body = self._body
-        self.outputs = self._run_body()  # and the keys and values are kept
-        if mode.startswith("compile"):
-            self.body = torch.compile(self._body, **compiler)
-            self.outputs = self._run_body()
-        if mode.endswith("graph") and x.device.type == "cuda":
-            self._capture()
-        self.snapshot = Snapshot(fast.inner.unet)
+        self.recorded = Recorded(self._body, fast.inner.unet, x.device, mode, compiler)
 
     def run(
         self, x: Tensor, scale: float, numbers: tuple[float, ...], earlier: tuple[Tensor, ...], kept: Kept, tells: float
@@ -83,12 +79,8 @@ class Piece:
         self.floats.copy_(floats, non_blocking=True)
         self._take(kept)
         self._go_to(kept, tells)
-        if self.graph is None:
-            self.outputs = self._run_body()
-        else:
-            self.graph.replay()
-        out, guided, x_next, x0 = self.outputs
-        return out.clone(), guided.clone(), x_next.clone(), x0.clone()
+        out, guided, x_next, x0 = self.recorded()
+        return out, guided, x_next, x0
 
     def _body(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inner, kept = self.fast.inner, self.kept
@@ -101,11 +93,12 @@ class Piece:
         if self.guided:
             without, with_ = guided.chunk(2)
             guided = torch.lerp(without, with_, self.floats[2])
+            guided = rescaled(guided, with_, self.rescale) if self.rescale else guided
         return out, guided, *self._updated(guided)
 
     def _updated(self, guided: Tensor) -> tuple[Tensor, Tensor]:
         """The next x, and x0."""
-        if self.shared.norms == "triton":
+        if ours("guided_step", self.shared.norms, self.x):
             done: tuple[Tensor, Tensor] = guided_step.fused(self.x, guided, None, self.earlier, None, self.floats[2:])
             return done
         _, x_in_x0, out_in_x0, x_in_point, out_in_point, keep, _, newest, *older = self.floats[2:].unbind()
@@ -113,22 +106,6 @@ class Piece:
         for estimate, number in zip(self.earlier, older, strict=False):
             x_next = x_next + estimate * number
         return x_next, self.x * x_in_x0 + guided * out_in_x0
-
-    def _run_body(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            return self.body()
-
-    def _capture(self) -> None:
-        stream: torch.cuda.Stream = torch.cuda.Stream(self.x.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.x.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run_body()
-        torch.cuda.current_stream(self.x.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self._run_body()
-        self.graph = graph
 
     def _own_buffers(self) -> None:
         """The row of the current timestep in memory that stays where it is."""
@@ -152,8 +129,8 @@ class Piece:
         if self.source is kept:
             return
         mine = self.kept
-        for ours, theirs in zip(_tensors(mine), _tensors(kept), strict=True):
-            ours.copy_(theirs)
+        for buffer, given in zip(_tensors(mine), _tensors(kept), strict=True):
+            buffer.copy_(given)
         context = mine._context
         for layer, (keys, values, _) in mine.keys.items():
             assert context is not None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ...core.errors import Note
 from ..backends import Backend, Choice
 from ..group_norm_silu import group_norm_silu
 from .projections import Fused
+from .untouched import Version
 
 
 class Keeper(Protocol):
@@ -47,7 +50,9 @@ class Shared:
         fused: projections laid out as one, by their first layer.
         names: of the modules whose forward is ours; ``forwards`` are these.
         kept: what the denoiser that is running keeps; set around its call only.
-        said: the reasons for which a layer was left to diffusers, each said once.
+        said: the reasons for which a layer was left to its library, each said once.
+        biases: of attention that looks back only, by length.
+        filtered: the weights of convolutions as Winograd's filtering takes them, and of which state of the layer they are.
     """
 
     attention: Backend = "auto"
@@ -58,6 +63,8 @@ class Shared:
     forwards: dict[nn.Module, Any] = field(default_factory=dict)
     kept: Keeper | None = None
     said: set[str] = field(default_factory=set)
+    biases: dict[tuple[int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    filtered: dict[nn.Module, tuple[Version, Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """A copy of a network shares it: its layers find nothing of theirs here and do without."""
@@ -72,12 +79,20 @@ class Shared:
             x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, silu=silu, scale=scale, shift=shift, backend=self.norms
         )
 
+    def looking_back(self, tokens: Tensor) -> Tensor:
+        """(1, 1, length, length): a bias that leaves every one of (batch, length, …) itself and those before it."""
+        key = tokens.shape[1], tokens.dtype, tokens.device
+        if key not in self.biases:
+            whole = torch.full((1, 1, key[0], key[0]), -math.inf, dtype=tokens.dtype, device=tokens.device)
+            self.biases[key] = whole.triu(1)
+        return self.biases[key]
+
     def say(self, layer: nn.Module, why: str) -> None:
-        """Note, once for each reason, that a layer runs as diffusers wrote it."""
+        """Note, once for each reason, that a layer runs as its library wrote it."""
         if why in self.said:
             return
         self.said.add(why)
-        name = self.names.get(layer, type(layer).__name__)
+        name, library = self.names.get(layer, type(layer).__name__), type(layer).__module__.split(".")[0]
         warnings.warn(
-            f"{name}, and every layer like it, runs as diffusers wrote it and not fused, because {why}.", Note, stacklevel=3
+            f"{name}, and every layer like it, runs as {library} wrote it and not fused, because {why}.", Note, stacklevel=3
         )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from torch import nn
 
 from .shared import Shared
-from .untouched import hooked_everywhere
+from .untouched import KNOWN, hooked_everywhere
+
+RECORDING = "transformers.utils.output_capturing"
+"""Whose hooks only collect the hidden states that a call returns."""
 
 
 class Snapshot:
-    """What a captured step depends on beside its inputs: the modules, hooks, forwards and where the weights lie.
+    """What a captured step or call depends on beside its inputs: the modules, hooks, forwards and where the weights lie.
 
     The values of weights are not part of it: a replay reads them anew. It takes well under a millisecond to compare,
     while the device is still busy with the step before.
@@ -32,18 +36,19 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return not any(self._hooks) and hooked_everywhere() is None and self._look() == self._state
+        return hooked_everywhere() is None and self._look() == self._state
 
     def _look(self) -> tuple[list[Any], ...]:
+        hooks = list(chain.from_iterable(self._hooks))  # by the numbers of their handles
         children = [child for parent in self._parents for child in parent.values()]
         keys = ("forward", "processor", "training")
         replaced = [id(attributes.get(key)) for attributes in self._attributes for key in keys]
         at = [None if p is None else p.data_ptr() for weights in self._weights for p in weights.values()]
-        return [id(child) for child in children], replaced, at
+        return hooks, [id(child) for child in children], replaced, at
 
 
 def strangers(network: nn.Module, shared: Shared) -> str | None:
-    """Why a network cannot be captured: something in it that is neither torch's, diffusers' nor ours; None if it can.
+    """Why a network cannot be captured: something in it that is neither a library's nor ours; None if it can.
 
     What others put in may act otherwise at every step (a hook), or have settings that change (LoRA's scale).
     """
@@ -51,9 +56,10 @@ def strangers(network: nn.Module, shared: Shared) -> str | None:
         return why
     for name, m in network.named_modules():
         at = name or "the network"
-        if m._forward_hooks or m._forward_pre_hooks:
+        hooks = (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
             return f"{at} has a hook"
-        if not type(m).__module__.startswith(("torch.nn.", "diffusers.models.")):
+        if not type(m).__module__.startswith(KNOWN):
             return f"{at} is a {type(m).__module__.split('.')[0]} {type(m).__name__}"
         if m.__dict__.get("forward") is not shared.forwards.get(m):
             return f"the forward of {at} was replaced"

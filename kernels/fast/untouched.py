@@ -14,6 +14,9 @@ from torch.nn.modules import module as everywhere
 
 Version = tuple[int, int]
 
+KNOWN = ("torch.nn.", "diffusers.models.", "transformers.models.clip.", "transformers.activations")
+"""Where modules are from that do the same at every call, unless something is put on them."""
+
 
 def fault(layer: nn.Module | None, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
     """Why a layer cannot be passed by, in a few words; None if it is just a ``kind`` (or is not there at all)."""
@@ -54,15 +57,12 @@ def dropping(dropout: nn.Module) -> bool:
 
 
 def pristine(tree: nn.Module | None) -> bool:
-    """Whether every module below, and this one, is torch's or diffusers' own, without hooks: what it computes of the same
+    """Whether every module below, and this one, is a library's own, without hooks: what it computes of the same
     numbers stays the same while :func:`versions` do.
     """
     if hooked_everywhere():
         return False
-    return tree is None or all(
-        type(m).__module__.startswith(("torch.nn.", "diffusers.models.")) and fault(m, type(m)) is None
-        for m in tree.modules()
-    )
+    return tree is None or all(type(m).__module__.startswith(KNOWN) and fault(m, type(m)) is None for m in tree.modules())
 
 
 def version(tensor: Tensor | None) -> Version:

@@ -25,7 +25,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and they would measure it")
-@pytest.mark.parametrize("script", ["unet_step.py", "pipelines.py"])
+@pytest.mark.parametrize("script", ["unet_step.py", "pipelines.py", "operations.py", "tune.py"])
 def test_without_a_card_they_refuse_in_one_sentence(script: str) -> None:
     done = run(script)
     assert done.returncode == 1
@@ -70,6 +70,30 @@ def test_the_report_is_made_of_result_files(tmp_path: Path) -> None:
     pictures = re.findall(r"\]\((.*?)\)", page)
     assert pictures == ["page/unet_step.png", "page/scaling.png"]
     assert all((tmp_path / "out" / picture).stat().st_size > 1000 for picture in pictures)
+
+
+def test_the_report_of_operations(tmp_path: Path) -> None:
+    row: dict[str, Any] = {
+        "operation": "attention",
+        "case": "SDXL",
+        "ms": {"q0.2": 0.1, "q0.5": 0.2, "q0.8": 0.3},
+        "of_floor": 0.5,
+    }
+    row |= {"tflops": 400.0, "error": 0.002, "sdpa_chooses": "cudnn_attention"}
+    found = step_result()["environment"] | {"dtype": "bfloat16"}
+    rows = [row | {"side": "triton"}, row | {"side": "sdpa"}, {"operation": "attention", "case": "VAE", "side": "xformers"}]
+    (tmp_path / "operations.json").write_text(json.dumps(found | {"rows": rows}))
+    case: dict[str, Any] = {"operation": "attention", "case": "SDXL", "best": "triton (128, 64, 4, 3)", "sides": {}}
+    cases = [case | {"again_ms": {"triton (128, 64, 4, 3)": 0.1, "sdpa": 0.2}}]
+    cases += [case | {"case": "VAE", "best": None, "again_ms": {"sdpa": 0.3}}]
+    (tmp_path / "tune.json").write_text(json.dumps(found | {"cases": cases, "left_out": ["geglu, SDXL"]}))
+    page = run("report.py", "--results", tmp_path).stdout
+    assert "| SDXL: triton | 200.0 | 100.0–300.0 | 400 TFLOP/s | 50% | 2.0e-03 |" in page
+    assert "| SDXL: sdpa (cudnn_attention) | 200.0 |" in page
+    assert "| VAE: xformers | not measured |" in page
+    assert "| attention, SDXL | (128, 64, 4, 3) | 100.0 | 200.0 |  |  |" in page
+    assert "| attention, VAE |  | none was right | 300.0 |  |  |" in page
+    assert "Not measured, for want of time: geglu, SDXL." in page
 
 
 def test_a_side_that_could_not_run_is_a_line_that_says_why(tmp_path: Path) -> None:

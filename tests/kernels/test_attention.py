@@ -99,7 +99,8 @@ def test_the_doctor_says_what_can_run(machine: Machine) -> None:
     assert backends.doctor() == {
         "triton": "cannot run: triton is not installed",
         "xformers": "cannot run: xformers is not installed",
-        "sdpa": "can run: torch's scaled_dot_product_attention, which chooses the inner kernel; the default",
+        "sdpa": "can run: torch's scaled_dot_product_attention, which chooses the inner kernel, for heads of 64 in bfloat16 "
+        "flash_attention; the default",
         "chunked": "can run: plain torch, some heads and queries at a time: for CPUs in half precision",
         "reference": "can run: plain torch, which keeps the whole matrix of scores",
     }
@@ -160,6 +161,19 @@ def test_tiles_fit_smaller_cards_too(size: int, dtype: torch.dtype, room: int, m
         blocks = tuning.attention_blocks(some(2, queries, 8, size, dtype=dtype, device="meta"), keys)
         assert (blocks.queries + 2 * blocks.stages * blocks.keys) * size * dtype.itemsize <= room
         assert min(blocks.queries, blocks.keys) >= 16, "the least a product takes"
+
+
+@pytest.mark.parametrize("room", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [16, 40, 64, 80, 128, 160, 512])
+def test_backward_passes_fit_smaller_cards_too(
+    size: int, dtype: torch.dtype, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "room", lambda device: room)
+    kept, passed, _, stages = tuning.backward_passes(some(2, 64, 8, size, dtype=dtype, device="meta"))
+    padded = max(16, 1 << (size - 1).bit_length())
+    assert (2 * (kept + stages * passed) * padded + kept * passed) * dtype.itemsize <= room
+    assert passed >= 16, "the least a product sums over"
 
 
 # --- what the errors say

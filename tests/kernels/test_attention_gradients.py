@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from unrolled.kernels import tuning
 from unrolled.kernels.attention import attention, attention_with_lse, fused, fused_backward, reference
 from unrolled.kernels.attention_maps import attention_maps, maps
 
@@ -59,6 +60,12 @@ def test_every_length(queries: int, keys: int, draw: Draw, agree: Agree) -> None
         assert dv.isfinite().all()
         return
     check(agree, draw, (q, k, v))
+
+
+def test_what_is_kept_shorter_than_what_is_passed(draw: Draw, agree: Agree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "room", lambda device: 101_376)
+    assert tuning.backward_passes(draw(1, 1, 1, 512))[:2] == (8, 16)
+    check(agree, draw, inputs(draw, 512))
 
 
 def test_strides(draw: Draw, agree: Agree) -> None:

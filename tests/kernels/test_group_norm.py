@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from unrolled.core.errors import BadInput
-from unrolled.kernels import tuning
 from unrolled.kernels.group_norm_silu import fused, group_norm_silu, reference
+from unrolled.kernels.measured_table import Strips
 
 pytest.importorskip("triton")
 
@@ -110,13 +110,13 @@ def test_stretches_of_unequal_length(last: bool, dtype: torch.dtype, draw: Draw,
     x = draw(1, 6, 37, 11, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if last else x
     for places, stretch in ((16, 48), (64, 64), (128, 384)):
-        strips = tuning.Strips(places, 4, stretch, 4)
+        strips = Strips(places, 4, stretch, 4)
         monkeypatch.setattr(STRIPS, lambda *_, s=strips, **__: s)
         check(agree, x, 2, **options(draw, x))
 
 
 def test_more_stretches_than_are_put_together_at_once(draw: Draw, agree: Agree, monkeypatch: Any) -> None:
-    monkeypatch.setattr(STRIPS, lambda *_, **__: tuning.Strips(4, 2, 4, 4))
+    monkeypatch.setattr(STRIPS, lambda *_, **__: Strips(4, 2, 4, 4))
     x = draw(1, 2, 300) + torch.linspace(0, 9, 300, device=draw(1).device)
     check(agree, x, 1)
 
@@ -245,7 +245,7 @@ def test_errors(shape: tuple[int, ...], rest: dict[str, tuple[int, ...]], messag
 
 def test_backends_that_cannot_be() -> None:
     x = torch.zeros(1, 4, 4)
-    with pytest.raises(BadInput, match="There is no group_norm_silu 'sdpa': use auto, triton or reference"):
+    with pytest.raises(BadInput, match="There is no group_norm_silu 'sdpa': use auto, triton, torch, reference"):
         group_norm_silu(x, 2, backend="sdpa")  # type: ignore[arg-type]
     with pytest.raises(
         BadInput, match=r"Our kernel of group_norm_silu cannot run on cpu \(our kernels take .* not float64\)"

@@ -182,7 +182,7 @@ X = torch.zeros(1, 4, 2, 2)
             {"row": Row(1.0, (1.0,), 0.5)},
             "This row adds 0.5 of noise, but none was given: give noise of unit variance like x.",
         ),
-        ({"backend": "sdpa"}, "There is no guided_step 'sdpa': use auto, triton or reference."),
+        ({"backend": "sdpa"}, "There is no guided_step 'sdpa': use auto, triton, torch, reference."),
         (
             {"backend": "triton", "history": [X] * 5, "row": Row(1.0, (1.0,) * 6)},
             "Our kernel of guided_step takes up to 4 earlier estimates, but was given 5.",

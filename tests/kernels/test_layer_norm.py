@@ -196,9 +196,12 @@ def test_compile_sees_one_graph(draw: Draw) -> None:
             lambda x: add_layer_norm(x, x.half()),
             "A residual sum adds two of one kind, but was given (2, 8) in torch.float32 and (2, 8) in torch.float16.",
         ),
-        (lambda x: layer_norm(x, backend=NONE), "There is no layer_norm 'x': use auto, triton or reference."),
-        (lambda x: add_layer_norm(x, x, backend=NONE), "There is no add_layer_norm 'x': use auto, triton or reference."),
-        (lambda x: geglu(x, backend=NONE), "There is no geglu 'x': use auto, triton or reference."),
+        (lambda x: layer_norm(x, backend=NONE), "There is no layer_norm 'x': use auto, triton, torch, reference."),
+        (
+            lambda x: add_layer_norm(x, x, backend=NONE),
+            "There is no add_layer_norm 'x': use auto, triton, torch, reference.",
+        ),
+        (lambda x: geglu(x, backend=NONE), "There is no geglu 'x': use auto, triton, torch, reference."),
         (lambda x: geglu(x[:, :7]), "GEGLU takes values and gates side by side, (…, 2 n), but was given (2, 7)."),
         (
             lambda x: geglu(x.double(), backend="triton"),

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from unrolled.core.denoiser import PriorDenoiser, edited
 from unrolled.core.errors import BadInput, Note
-from unrolled.core.guidance import classifier_free, per_step
+from unrolled.core.guidance import classifier_free, per_step, within
 from unrolled.core.latents import Latents
 from unrolled.core.loading import Model
 from unrolled.core.loop import denoise, steps
 from unrolled.core.prediction import Kind, Preconditioned, Prediction
 from unrolled.core.schedule import Schedule
 from unrolled.kernels.fast import captured, fast_of, optimise
-from unrolled.kernels.fast.capture import AT_MOST
+from unrolled.kernels.fast.recorded import AT_MOST
 from unrolled.schedulers import DPMpp2M, Euler, EulerAncestral, Heun
 
 TOLERANCE = 1e-5
@@ -39,16 +39,16 @@ class Sides:
     """A plain run and a captured one of a model, with prompts of their own."""
 
     def __init__(self, model: Model, conditioning_of: Conditions, solver: Any = None, scale: Any = 3.0) -> None:
-        self.model, self.solver, self.scale = model, solver or Euler(), scale
+        self.model, self.solver, self.scale, self.rescale = model, solver or Euler(), scale, 0.0
         self.cond, self.uncond = conditioning_of(model, 1), conditioning_of(model, 2)
 
     def plain(self, hooks: Any = (), batch: int = 1, **size: int) -> Tensor:
-        guided = classifier_free(self.model.denoiser, self.cond, self.uncond, self.scale)
+        guided = classifier_free(self.model.denoiser, self.cond, self.uncond, self.scale, rescale=self.rescale)
         return denoise(guided, latents(self.model, batch, **size), SCHEDULE, self.solver, hooks).x
 
     def step(self, mode: Any = "graph", **options: Any) -> Any:
-        network = self.model.denoiser
-        return captured(network, self.cond, self.uncond, self.scale, SCHEDULE, self.solver, mode=mode, **options)
+        given = self.model.denoiser, self.cond, self.uncond, self.scale, SCHEDULE, self.solver
+        return captured(*given, rescale=self.rescale, mode=mode, **options)
 
     def run(self, step: Any, hooks: Any = (), batch: int = 1, **size: int) -> Tensor:
         return denoise(step.denoiser, latents(self.model, batch, **size), SCHEDULE, step.solver, hooks).x
@@ -280,12 +280,30 @@ def test_other_weights_in_the_middle(model: Model, off: Off, conditioning_of: Co
     assert off(plain, unchanged) > 1e-3
 
 
-def test_guidance_by_step_and_none(sides: Sides, off: Off) -> None:
-    for scale in (per_step(SCHEDULE, [5.0, 1.0, 2.0]), 1.0):
-        sides.scale = scale
+COMPILED: dict[str, Any] = {"mode": "compile", "compiler": {"backend": "eager", "fullgraph": True}}
+HOW = [{"mode": "auto"}, {"mode": "graph"}, pytest.param(COMPILED, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how["mode"])
+def test_rescaled_guidance(sides: Sides, off: Off, how: dict[str, Any]) -> None:
+    """Two images of unlike contrast, each rescaled by its own."""
+    plain = sides.plain(batch=2)
+    with optimise(sides.model.unet) as made:
+        for sides.rescale in (0.7, 1.0):
+            rescaled = sides.plain(batch=2)
+            assert off(sides.run(sides.step(**how), batch=2), rescaled) < TOLERANCE
+            assert off(rescaled, plain) > 1e-3
+        assert len(made.pieces) == (0 if how["mode"] == "auto" else 2), "one for each"
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how["mode"])
+def test_a_scale_that_changes(sides: Sides, off: Off, how: dict[str, Any]) -> None:
+    """By step, in an interval of steps (no guidance elsewhere), and none at all; rescaled where there is guidance."""
+    sides.rescale = 0.5
+    for sides.scale in (per_step(SCHEDULE, [5.0, 1.0, 2.0]), within(SCHEDULE, 1, 2, 4.0), 1.0):
         plain = sides.plain(batch=2)
         with optimise(sides.model.unet):
-            assert off(sides.run(sides.step(), batch=2), plain) < TOLERANCE
+            assert off(sides.run(sides.step(**how), batch=2), plain) < TOLERANCE
 
 
 def test_prompts_of_unequal_length(sides: Sides, off: Off) -> None:
@@ -303,7 +321,10 @@ def test_gradients_run_in_parts(sides: Sides, off: Off) -> None:
         return torch.autograd.grad(denoiser(x, 3.0, 500.0).out.square().sum(), x)[0]
 
     plain = gradient(classifier_free(sides.model.denoiser, sides.cond, sides.uncond, 3.0))
-    with optimise(sides.model.unet):
+    with (
+        optimise(sides.model.unet),
+        pytest.warns(Note, match=r"Gradients may be wanted: the step runs in parts, unless under"),
+    ):
         assert off(gradient(sides.step().denoiser), plain) < 1e-4
 
 
@@ -335,6 +356,9 @@ def test_errors(sides: Sides) -> None:
     with optimise(sides.model.unet):
         with pytest.raises(BadInput, match="There is no mode 'fast' of capturing: use auto, eager, graph, compile, compile"):
             sides.step("fast")
+        sides.rescale = 1.5
+        with pytest.raises(BadInput, match=r"Guidance rescale goes from 0 \(off\) to 1, got 1\.5"):
+            sides.step()
         with pytest.raises(BadInput, match="Only the denoiser of an optimised UNet"):
             captured(PriorDenoiser(None), sides.cond, sides.uncond, 3.0, SCHEDULE, Euler())
 

@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py times: every operation at the sizes of the real networks, by every backend there is.
+"""What benchmarks/operations.py times: every operation at the sizes of the real networks, by every backend there is.
 
 Shapes, and how often they come in one call of the network, are those of the published configurations at their own size;
 "B=2" is one guided picture.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from unrolled.kernels.attention import attention, reference
+from unrolled.kernels.backends import inner
 from unrolled.kernels.geglu import geglu
 from unrolled.kernels.group_norm_silu import group_norm_silu
 from unrolled.kernels.guided_step import guided_step
 from unrolled.kernels.layer_norm import add_layer_norm, layer_norm
+from unrolled.kernels.measured_table import Cut, Key
 from unrolled.kernels.timestep_embedding import timestep_embedding
+from unrolled.kernels.tuning import attention_blocks, attention_key, geglu_tile, group_norm_strips, key_of, row_blocks
 
 # system, batch, heads, queries, keys, head size, how often
 ATTENTION = [
@@ -59,6 +63,15 @@ Draw = Callable[..., Tensor]
 
 
 @dataclass
+class Tuned:
+    """Of an operation whose cuts are measured: what they are looked up by, the one it takes unasked, it cut so."""
+
+    key: Key
+    guess: Cut
+    launch: Callable[[Any], Any]
+
+
+@dataclass
 class Case:
     """One operation on one set of inputs: its sides, its exact result, and the least it has to do and to move."""
 
@@ -71,6 +84,7 @@ class Case:
     of: Callable[[Any], Tensor] = lambda out: out
     """The part of a result that is compared."""
     note: dict[str, Any] = field(default_factory=dict)
+    tuned: Tuned | None = None
 
 
 def cases(draw: Draw) -> Iterator[Callable[[], Case]]:
@@ -93,7 +107,7 @@ def tiny_cases(draw: Draw) -> Iterator[Callable[[], Case]]:
 
 
 def _three(run: Callable[[Any], Any]) -> dict[str, Run]:
-    return {"triton": partial(run, "triton"), "torch": partial(run, "auto"), "reference": partial(run, "reference")}
+    return {name: partial(run, name) for name in ("triton", "torch", "reference")}
 
 
 def _attention(draw: Draw, system: str, batch: int, heads: int, queries: int, keys: int, size: int, count: int) -> Case:
@@ -120,16 +134,18 @@ def _attention(draw: Draw, system: str, batch: int, heads: int, queries: int, ke
         4.0 * batch * heads * queries * keys * size,
         2.0 * (q.numel() + k.numel()) * q.element_size(),
         lambda out: out[:1, :FEW],
-        {"times_per_call": count, "sdpa_chooses": _chosen(q, k, v)},
+        {"times_per_call": count, "sdpa_chooses": inner(q, k, v)},
+        Tuned(
+            attention_key(q, keys),
+            attention_blocks(q, keys),
+            lambda cut: _kernel("attention_forward")(q, k, v, None, size**-0.5, cut)[0],
+        ),
     )
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Which inner kernel torch takes unasked."""
-    try:
-        return SDPBackend(torch._fused_sdp_choice(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))).name
-    except (AttributeError, RuntimeError, ValueError) as error:
-        return f"unknown: {type(error).__name__}"
+def _kernel(module: str) -> Any:
+    """The launch of one of our kernels, whose modules import Triton."""
+    return import_module(f"unrolled.kernels.{module}").launch
 
 
 def _group_norm(draw: Draw, system: str, batch: int, channels: int, side: int, last: bool) -> Case:
@@ -143,6 +159,11 @@ def _group_norm(draw: Draw, system: str, batch: int, channels: int, side: int, l
         lambda: group_norm_silu(x.double(), 32, weight.double(), bias.double(), backend="reference"),
         0.0,
         2.0 * x.numel() * x.element_size(),
+        tuned=Tuned(
+            key_of("group_norm_silu", x),
+            group_norm_strips(x),
+            lambda cut: _kernel("group_norm_kernel")(x, 32, weight, bias, None, None, 1e-5, True, cut),
+        ),
     )
 
 
@@ -155,6 +176,11 @@ def _layer_norm(draw: Draw, system: str, rows: int, size: int) -> Case:
         lambda: layer_norm(x.double(), weight.double(), bias.double(), backend="reference"),
         0.0,
         2.0 * x.numel() * x.element_size(),
+        tuned=Tuned(
+            key_of("layer_norm", x),
+            row_blocks("layer_norm", x),
+            lambda cut: _kernel("layer_norm_kernel")(x, None, weight, bias, 1e-5, cut)[1],
+        ),
     )
 
 
@@ -167,6 +193,11 @@ def _add_layer_norm(draw: Draw, system: str, rows: int, size: int) -> Case:
         lambda: layer_norm((x + more).double(), weight.double(), bias.double(), backend="reference"),
         0.0,
         4.0 * x.numel() * x.element_size(),
+        tuned=Tuned(
+            key_of("add_layer_norm", x),
+            row_blocks("add_layer_norm", x),
+            lambda cut: _kernel("layer_norm_kernel")(x, more, weight, bias, 1e-5, cut)[1],
+        ),
     )
 
 
@@ -179,6 +210,11 @@ def _geglu(draw: Draw, system: str, rows: int, size: int) -> Case:
         lambda: geglu(x.double(), backend="reference"),
         0.0,
         1.5 * x.numel() * x.element_size(),
+        tuned=Tuned(
+            key_of("geglu", x),
+            geglu_tile(x),
+            lambda cut: _kernel("geglu_kernel")(x, cut),
+        ),
     )
 
 

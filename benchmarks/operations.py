@@ -4,8 +4,8 @@ Device events around single calls, the L2 cache flushed before each, sides inter
 every time: its error against float64, without which there is no time, and the fraction of the floor that it reaches,
 which is the larger of operations over the rate of a matrix product and of bytes over that of a copy, both measured first.
 
-    python benchmarks/kernels.py            # under 3 minutes on an H200; writes results/kernels.json
-    python benchmarks/kernels.py --check    # tiny shapes, results only; without a device in Triton's interpreter
+    python benchmarks/operations.py            # under 3 minutes on an H200; writes results/operations.json
+    python benchmarks/operations.py --check    # tiny shapes, results only; without a device in Triton's interpreter
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,14 @@ import torch
 
 # Triton settles at its import how kernels are run.
 os.environ["TRITON_INTERPRET"] = str(int("--check" in sys.argv and not torch.cuda.is_available()))
-from kernel_cases import Case, Draw, cases, tiny_cases
+from operation_cases import Case, Draw, cases, tiny_cases
 from rich.console import Console
 from rich.table import Table
-from timing import clocks, device_or_refuse, environment, quantiles
-from unrolled.core.errors import BadInput
+from timing import clocks, device_or_refuse, environment, kernels_run, quantiles, single_calls
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 1e-4}
 """Of |out - exact| / |exact|, beyond which a side is wrong and not timed."""
-MOST_ROUNDS = 40
 
 Row = dict[str, Any]
 
@@ -50,47 +47,26 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, Row]:
     for name, run in case.sides.items():
         try:
             error = ((case.of(run()).double() - exact).norm() / exact.norm()).item()
-        except (BadInput, RuntimeError, ImportError, NotImplementedError, ValueError) as problem:
+        except Exception as problem:  # whatever it is, it is this side's line
             found[name] = {"fault": (str(problem) or type(problem).__name__).splitlines()[0][:200]}
             continue
         found[name] = {"error": error} if error <= ALLOWED[dtype] else {"error": error, "fault": "wrong"}
     return found
 
 
-def milliseconds(case: Case, names: Iterable[str], seconds: float, flush: torch.Tensor) -> dict[str, list[float]]:
-    """Of single calls, there and back through the sides until the time is up, at least three such rounds."""
-    names = list(names)
-    for name in names * 3:
-        case.sides[name]()
-    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
-    ends, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or (time.perf_counter() < ends and rounds < MOST_ROUNDS):
-        for name in [*names, *reversed(names)]:
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            flush.zero_()  # and takes longer than the host does to enqueue what follows
-            began.record()
-            case.sides[name]()
-            ended.record()
-            spans[name].append((began, ended))
-        torch.cuda.synchronize()
-        rounds += 1
-    return {name: [began.elapsed_time(ended) for began, ended in pairs] for name, pairs in spans.items()}
-
-
-def ceilings(draw: Draw, flush: torch.Tensor) -> tuple[float, float]:
+def ceilings(draw: Draw, device: torch.device) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s, read and written, of a large copy; of random numbers, not of zeros."""
     a, b, source = draw(8192, 8192), draw(8192, 8192), draw(1 << 30)
     into = torch.empty_like(source)
-    case = Case("ceilings", "", {"product": lambda: a @ b, "copy": lambda: into.copy_(source)}, lambda: None, 0.0, 0.0)
-    took = {name: statistics.median(times) / 1e3 for name, times in milliseconds(case, case.sides, 1.0, flush).items()}
+    sides = {"product": lambda: a @ b, "copy": lambda: into.copy_(source)}
+    took = {name: statistics.median(times) / 1e3 for name, times in single_calls(sides, device, 1.0).items()}
     return 2 * 8192**3 / took["product"], 2 * source.numel() * source.element_size() / took["copy"]
 
 
 def measure(device: torch.device, dtype: torch.dtype, only: str | None, seconds: float) -> dict[str, Any]:
     """Everything for the result file; cases that the time does not suffice for are named in it."""
     began, draw = time.perf_counter(), drawing(device, dtype)
-    flush = torch.ones(1 << 28, device=device)  # 1 GB, many times the cache
-    product, copy = ceilings(draw, flush)
+    product, copy = ceilings(draw, device)
     result: dict[str, Any] = environment(device) | {
         "dtype": str(dtype)[6:], "ceilings": {"tflops": product / 1e12, "gb_per_s": copy / 1e9}, "rows": [], "left_out": [],
     }  # fmt: skip
@@ -103,8 +79,10 @@ def measure(device: torch.device, dtype: torch.dtype, only: str | None, seconds:
             result["left_out"].append(f"{case.operation}, {case.name}")
             continue
         found = errors(case, dtype)
-        right = [name for name, row in found.items() if "fault" not in row]
-        times = milliseconds(case, right, 0.5 * left / (len(makers) - i), flush)
+        right = {name: case.sides[name] for name, row in found.items() if "fault" not in row}
+        times = single_calls(right, device, 0.5 * left / (len(makers) - i))
+        if "sdpa" in right:
+            found["sdpa"]["kernels"] = kernels_run(right["sdpa"], device)
         floor = 1e3 * max(case.flops / product, case.moved / copy)
         for name, row in found.items():
             if name in times:
@@ -147,7 +125,7 @@ def main() -> None:
     parser.add_argument("--only", help="one operation")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--seconds", type=float, default=150.0, help="after which no other case is begun")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "operations.json")
     args = parser.parse_args()
     device = device_or_refuse(args.check and not torch.cuda.is_available())
     with torch.inference_mode():
