@@ -3,18 +3,23 @@
 Everything a script needs is here; the map of the house is in the README.
 """
 
+from .core.companions import load_controlnet, load_image_adapter
 from .core.conditioning import Conditioning
+from .core.control import Control, between, controlled
 from .core.denoiser import Denoiser, PriorDenoiser, UNetDenoiser, UpscalerDenoiser, conditioned, edited
 from .core.errors import Note, UnrolledError
 from .core.guidance import classifier_free
+from .core.image_adapter import image_prompted
 from .core.latents import Latents, LatentSpace
 from .core.loading import Model, Prior, Shelf, load, load_prior
 from .core.loop import Step, denoise, steps
+from .core.lora import lora
 from .core.mixture import GaussianMixture
 from .core.noise import Brownian, DiffusersNoise, Noise
 from .core.prediction import Prediction
 from .core.schedule import Schedule
 from .core.solver import History, Past, Solver
+from .core.textual_inversion import textual_inversion
 from .kernels.attending import attending
 from .schedulers import (
     DDIM,
@@ -48,9 +53,11 @@ from .schedulers import (
     ToZero,
     UniPC,
 )
+from .stages.control import with_control
 from .stages.decode import decode
 from .stages.finish import gif, grid, resize, sharpen
 from .stages.image import encode_image
+from .stages.image_prompt import with_image_prompt
 from .stages.inpaint import composite, inpaint_channels, keep_known, known, latent_mask, with_channels
 from .stages.noise import add_noise, noise, start_step, unit_noise
 from .stages.pictures import read_mask, read_picture
@@ -77,6 +84,7 @@ __all__ = [
     "Churned",
     "Clipped",
     "Conditioning",
+    "Control",
     "DPMSolver",
     "DPMpp2M",
     "DPMpp2MSDE",
@@ -116,10 +124,12 @@ __all__ = [
     "UpscalerDenoiser",
     "add_noise",
     "attending",
+    "between",
     "blend",
     "classifier_free",
     "composite",
     "conditioned",
+    "controlled",
     "decode",
     "denoise",
     "edited",
@@ -129,12 +139,16 @@ __all__ = [
     "enlarged_size",
     "gif",
     "grid",
+    "image_prompted",
     "inpaint_channels",
     "keep_known",
     "known",
     "latent_mask",
     "load",
+    "load_controlnet",
+    "load_image_adapter",
     "load_prior",
+    "lora",
     "noise",
     "read_mask",
     "read_picture",
@@ -143,8 +157,11 @@ __all__ = [
     "sharpen",
     "start_step",
     "steps",
+    "textual_inversion",
     "unit_noise",
     "with_channels",
+    "with_control",
+    "with_image_prompt",
     "with_latents",
     "with_low_res",
     "with_size",

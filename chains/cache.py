@@ -26,8 +26,12 @@ from torch import Tensor
 from ..core.errors import CannotWrite
 from ..core.files import write_atomically
 from ..core.latents import packed, unpacked
+from ..core.loading import Shelf
 from ..core.loop import Point
-from .keys import Keys
+from .chain import Chain
+from .keys import Keys, keys_of, stream_of
+from .outputs import Output
+from .plan import StagePlan
 from .trail import Mark, digest
 
 
@@ -117,6 +121,23 @@ class Cache:
         for path in self.folder.glob("*/*.safetensors"):
             with suppress(OSError):  # another process may have removed it
                 yield path, path.stat()
+
+
+def foreseen(cache: Cache, chain: Chain, plans: Sequence[StagePlan], shelf: Shelf) -> dict[str, tuple[int, int]]:
+    """By stage, how many of its steps are known and how many there are; the first that is not known whole is the last."""
+    found, outputs = dict[str, tuple[int, int]](), dict[str, Output]()
+    for index, item in enumerate(plans):
+        before = chain.before(index)
+        if not cache.folder.is_dir() or (before is not None and before.name not in outputs) or not item.on_disk:
+            break
+        keys = keys_of(chain, item, outputs[before.name] if before else None, stream_of(chain, index), shelf)
+        if keys is None or (kept := cache.find(keys)) is None:
+            break
+        found[item.stage.name] = kept.count, len(keys.steps)
+        if kept.count < len(keys.steps):
+            break
+        outputs[item.stage.name] = Output(kept.point.latents, kept.pictures)
+    return found
 
 
 def _written(

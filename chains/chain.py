@@ -6,16 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
 
 from ..stages.image import Posterior
 from ..stages.inpaint import Downsample
-
-
-class Checked(BaseModel):
-    """No unknown keys, no change after it was checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
+from .adapters import Checked, ControlOptions, ImagePromptOptions, LoraOptions
 
 
 class Cut(Checked):
@@ -90,6 +85,10 @@ class Denoising(Named):
     size: SizeConditioning | None = None
     negative_size: SizeConditioning | None = None
     prior: PriorOptions | None = None
+    lora: tuple[LoraOptions, ...] = ()
+    embeddings: dict[str, str] = Field(default_factory=dict, description="learned words of the prompts, and their files")
+    control: tuple[ControlOptions, ...] = ()
+    image_prompt: ImagePromptOptions | None = None
     steps: int = Field(30, ge=1, strict=True)
     guidance_scale: FiniteFloat | list[FiniteFloat] | None = None
     guidance_rescale: float = Field(0.0, ge=0.0, le=1.0)

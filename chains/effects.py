@@ -123,6 +123,8 @@ def shown(option: str, value: object) -> str:
 def _toml(value: object) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_none=True)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{key} = {_toml(held)}' for key, held in value.items())} }}"
     return json.dumps(value, default=str, ensure_ascii=False)

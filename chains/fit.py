@@ -60,6 +60,9 @@ def _idle(stage: Denoising, source: Source) -> Iterator[str]:
         "negative_prompt_2": (stage.negative_prompt_2, two),
         "clip_skip": (stage.clip_skip, source.system != "kandinsky"),
         "chunks": (stage.chunks, source.system != "kandinsky"),
+        "embeddings": (stage.embeddings, source.system != "kandinsky"),
+        "control": (stage.control, source.system in ("sd", "sdxl")),
+        "image_prompt": (stage.image_prompt, source.system in ("sd", "sdxl")),
     }
     if isinstance(stage, Upscale):
         given["noise_level"] = (stage.noise_level, source.system == "x4")

@@ -33,6 +33,7 @@ from ..stages.noise import add_noise, noise, unit_noise
 from ..stages.size import sizes_in_turn
 from ..stages.upscale import enlarged_size, with_latents, with_low_res
 from .chain import Denoising, ImageToImage, Inpaint, TextToImage, Upscale
+from .companions import Beside
 from .defaults import filled
 from .prompts import Pair, encode_prompts
 from .runs import Run, guidance_scale, plan_run
@@ -49,12 +50,14 @@ def text_to_image(
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
     since: Point | None = None,
+    beside: Beside | None = None,
 ) -> Latents:
     """Pure noise to latents of what the prompt says.
 
     Args:
         prompts: ready-made conditioning in place of the stage's prompts; Kandinsky's needs its prior.
         since: where the stage was left, to go on from there.
+        beside: its ControlNets and its IP-Adapter, which is on the model already (``beside.on(model)``).
     """
     spec = filled(spec, model.system)
     run = plan_run(spec, model.scheduler)
@@ -62,7 +65,7 @@ def text_to_image(
     cond, uncond = prompts or encode_prompts(model, spec, latents.size)
     if spec.faithful and model.system == "sdxl":
         cond, uncond = sizes_in_turn(cond, uncond, len(latents))
-    return _denoised(run, guided(model, spec, run, cond, uncond), latents, hooks, source, since)
+    return _denoised(run, guided(model, spec, run, cond, uncond, beside), latents, hooks, source, since)
 
 
 def image_to_image(
@@ -73,6 +76,7 @@ def image_to_image(
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
     since: Point | None = None,
+    beside: Beside | None = None,
 ) -> Latents:
     """Noise clean latents to the strength's level and denoise them; or go on from noisy ones."""
     model.space.require(start.space, f"The model {model.name}")
@@ -81,7 +85,7 @@ def image_to_image(
     if spec.start == "strength" and since is None:
         start = add_noise(start, run.schedule, unit_noise(start, source))
     cond, uncond = prompts or encode_prompts(model, spec, start.size)
-    return _denoised(run, guided(model, spec, run, cond, uncond), start, hooks, source, since)
+    return _denoised(run, guided(model, spec, run, cond, uncond, beside), start, hooks, source, since)
 
 
 def inpaint(
@@ -95,6 +99,7 @@ def inpaint(
     source: NoiseSource | None = None,
     prompts: Pair | None = None,
     since: Point | None = None,
+    beside: Beside | None = None,
 ) -> Latents:
     """Repaint where the mask is white, with a UNet of 9 channels or, blending every step, of 4.
 
@@ -120,7 +125,7 @@ def inpaint(
             posterior=spec.posterior, downsample=spec.downsample, source=source, clean=clean,
         )  # fmt: skip
         cond, uncond = with_channels(cond, channels), with_channels(uncond, channels)
-    denoiser = guided(model, spec, run, cond, uncond)
+    denoiser = guided(model, spec, run, cond, uncond, beside)
     if clean is None or not blends:
         return _denoised(run, denoiser, start, hooks, source, since)
     # diffusers' Kandinsky keeps the latents it starts from for the unit noise they were made of.
@@ -169,12 +174,21 @@ def _denoised(
     return denoise(denoiser, start, schedule, run.solver, hooks, source)
 
 
-def guided(model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning) -> Denoiser:
-    """The model's network under the stage's guidance."""
+def guided(
+    model: Model, spec: Denoising, run: Run, cond: Conditioning, uncond: Conditioning, beside: Beside | None = None
+) -> Denoiser:
+    """The model's network under the stage's ControlNets and guidance.
+
+    Raises:
+        BadInput: the stage has ControlNets or an image prompt, and they are not here.
+    """
     from ..kernels.fast import prepared  # which needs diffusers, as the model that is there by now did
 
-    scale = guidance_scale(spec, run.whole)
-    network = prepared(model.denoiser_of(run.config.kind, scale_input=not _unscaled(model, spec, run)), run.schedule)
+    scale, beside = guidance_scale(spec, run.whole), beside or Beside()
+    beside.require(spec)
+    cond, uncond = beside.conditioned(model, (cond, uncond))
+    network = model.denoiser_of(run.config.kind, scale_input=not _unscaled(model, spec, run))
+    network = prepared(beside.steered(network, run), run.schedule)
     if not callable(scale) and scale <= 1.0:
         return conditioned(network, cond)
     return classifier_free(network, cond, uncond, scale, rescale=spec.guidance_rescale, batched=spec.guidance_batched)

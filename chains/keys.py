@@ -69,6 +69,12 @@ def keys_of(chain: Chain, item: StagePlan, before: Output | None, stream: str, s
     return Keys(setting, tuple(found))
 
 
+def stream_of(chain: Chain, index: int) -> str:
+    """Every denoising stage draws its own noise; the first one what a script draws by default."""
+    first = next((i for i, stage in enumerate(chain.stages) if isinstance(stage, Denoising)), 0)
+    return "" if index == first else chain.stages[index].name
+
+
 def weights_of(source: Source) -> dict[str, str]:
     """Fingerprints of a model's components, without loading it."""
     return {name: fingerprint(source.part(name)) for name in source.parts}

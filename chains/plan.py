@@ -82,6 +82,13 @@ class StagePlan:
         return bool(named or (isinstance(stage, Denoising) and (stage.control or stage.image_prompt)))
 
     @property
+    def on_disk(self) -> bool:
+        """Whether all weights that it needs are on this disk."""
+        sources = [source for source in (self.source, self.prior) if source is not None]
+        parts = [source.part(name) for source in sources for name in source.parts if name not in TOKENIZERS]
+        return all(has_weights(part) for part in (*parts, *self.companions.parts))
+
+    @property
     def repeats(self) -> int:
         """How often its steps are run."""
         return self.stage.repeat if isinstance(self.stage, ImageToImage) else 1

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import BadChain, closest
 from .chain import KINDS, STAGE, Chain, Named, Stage, stage_names
 
-_FILES = ("image", "latents", "mask")
+_FILES = ("image", "latents", "mask", "lora", "embeddings")
 PACKAGED = Path(__file__).parent
 """The chain files that come with the package."""
 
@@ -98,8 +98,8 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
-    if key.strip().split(".")[-1] in _FILES and Path(str(value)).is_file():
-        value = str(Path(str(value)).resolve())  # one's own file, whatever folder the chain lies in
+    if {*_FILES} & {*key.strip().split(".")}:
+        value = _here(value)
     first, dot, rest = key.strip().partition(".")
     if not dot:
         return _everywhere(document, stages, first, value)
@@ -117,6 +117,15 @@ def _override(document: dict[str, Any], stages: list[dict[str, Any]], override: 
         if not isinstance(table, dict):
             raise BadChain(f"--set {override!r} reaches into {first}, which is a single value.")
         table[last] = value
+
+
+def _here(value: Any) -> Any:
+    """One's own files, whatever folder the chain lies in."""
+    if isinstance(value, list):
+        return [_here(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _here(part) for key, part in value.items()}
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_file() else value
 
 
 def _make_way_for_levels(
@@ -163,9 +172,9 @@ class _Locator:
         names = [part for part in parts if not part.startswith("literal[") and part != "Cut"]
         key = names[0] if names else ""
         if first["type"] == "extra_forbidden":
-            message = f"unknown key {names[-1]!r}{closest(names[-1], set(kind.model_fields))}"
+            message = f"unknown key {names[-1]!r}{closest(names[-1], kind.model_fields if len(names) == 1 else ())}"
         elif first["type"] == "missing":
-            message = f"the key {key!r} is needed"
+            message = f"the key {'.'.join(names)!r} is needed"
         elif first["type"] == "value_error":
             message = str(first["ctx"]["error"])
         else:

@@ -22,7 +22,7 @@ from . import jobs
 from .cache import Cache
 from .chain import Chain, Denoising, Inpaint, Resize, Sharpen, Stage
 from .companions import inputs, load_companions
-from .keys import Keys, keys_of, weights_of
+from .keys import Keys, keys_of, stream_of, weights_of
 from .outputs import Output, Result, rescue
 from .plan import StagePlan, pictures_wanted
 from .prompts import Pair, prior_embeds
@@ -104,7 +104,9 @@ class Runner:
 
     def keys(self, index: int, before: Output | None) -> Keys | None:
         """What a stage's steps depend on, if there is a cache to look into."""
-        return keys_of(self.chain, self.plans[index], before, self.stream(index), self.shelf) if self.cache else None
+        return (
+            keys_of(self.chain, self.plans[index], before, stream_of(self.chain, index), self.shelf) if self.cache else None
+        )
 
     def known(self, index: int, keys: Keys | None) -> Output | None:
         """What a stage makes, if all of it is in the cache; if a part is, the stage starts there."""
@@ -135,7 +137,7 @@ class Runner:
 
     def stage(self, index: int, before: Output | None) -> Output:
         """What one stage makes of what it is handed."""
-        item, stage, stream = self.plans[index], self.chain.stages[index], self.stream(index)
+        item, stage, stream = self.plans[index], self.chain.stages[index], stream_of(self.chain, index)
         if not isinstance(stage, Denoising) or item.source is None:
             return self.finished(stage, before)
         prompts = self.prior_embeds(index, stream)
@@ -207,11 +209,6 @@ class Runner:
         prior = self.shelf.load_prior(item.prior)
         self.result.models[f"{item.stage.name}, prior"] = dict(prior.fingerprints)
         return prior_embeds(prior, item.stage, self.seeds, stream, self.chain.folder, self.sources and self.sources())
-
-    def stream(self, index: int) -> str:
-        """Every denoising stage draws its own noise; the first one what a script draws by default."""
-        first = next((i for i, stage in enumerate(self.chain.stages) if isinstance(stage, Denoising)), 0)
-        return "" if index == first else self.chain.stages[index].name
 
     def hooks(self, stage: Stage, pictures: Callable[[Latents], list[Image.Image]]) -> list[jobs.Hook]:
         """What looks at every step: the progress bar, the animation."""

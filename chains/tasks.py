@@ -21,6 +21,7 @@ from ..stages.inpaint import composite
 from ..stages.pictures import read_mask, read_picture
 from . import jobs
 from .chain import FromPicture, ImageToImage, Inpaint, TextToImage, Upscale
+from .companions import Beside
 from .outputs import Output
 from .plan import StagePlan
 from .prompts import Pair
@@ -39,6 +40,7 @@ class Task:
         frame: called with what every repetition but the last has made.
         pictures: decodes latents of this stage, at any step of it and after it.
         since: where the stage was left, to go on from there.
+        beside: its ControlNets and its IP-Adapter.
     """
 
     plan: StagePlan
@@ -54,13 +56,14 @@ class Task:
     frame: Callable[[Latents], object]
     pictures: Callable[[Latents], list[Image.Image]]
     since: Point | None = None
+    beside: Beside | None = None
 
 
 def perform(task: Task) -> Latents | list[Image.Image]:
     """Latents, or the pictures of an inpainting whose kept pixels were put back."""
     stage = task.plan.stage
     if isinstance(stage, TextToImage):
-        return jobs.text_to_image(task.model, stage, task.seeds, task.stream, **_common(task))
+        return jobs.text_to_image(task.model, stage, task.seeds, task.stream, beside=task.beside, **_common(task))
     if isinstance(stage, ImageToImage):
         return _image_to_image(task, stage)
     if isinstance(stage, Inpaint):
@@ -95,7 +98,7 @@ def _image_to_image(task: Task, stage: ImageToImage) -> Latents:
             task.frame(latents)
             task = replace(task, since=None)
             latents = latents.handed_on(stream)
-        latents = jobs.image_to_image(task.model, stage, latents, **_common(task))
+        latents = jobs.image_to_image(task.model, stage, latents, beside=task.beside, **_common(task))
     return latents
 
 
@@ -105,7 +108,7 @@ def _inpaint(task: Task, stage: Inpaint) -> Latents | list[Image.Image]:
     if stage.fit:
         mask = ImageOps.fit(mask, originals[0].size, Image.Resampling.LANCZOS)
     task.inputs[stage.mask] = mask
-    latents = jobs.inpaint(task.model, stage, originals, mask, task.seeds, task.stream, **_common(task))
+    latents = jobs.inpaint(task.model, stage, originals, mask, task.seeds, task.stream, beside=task.beside, **_common(task))
     if not stage.composite or not latents.is_clean:
         return latents
     painted = task.pictures(latents)

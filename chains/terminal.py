@@ -13,7 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.memory import show_bytes
+from .chain import Denoising
+from .changes import lines as of_changes
 from .checks import Finding
+from .companions import lines
 from .plan import StagePlan
 from .runs import Run
 from .trace import PlannedStep, planned_steps
@@ -46,7 +49,9 @@ def stage_table(plans: Sequence[StagePlan]) -> Table:
         makes = f"{plan.size[0]}x{plan.size[1]}"
         memory = f"{show_bytes(plan.memory)} {_MODES[plan.mode]}" if plan.memory and plan.mode else ""
         cells = [Text(""), Text("")] if plan.run is None else [_two(*pair) for pair in _runs_as(plan, plan.run)]
-        table.add_row(Group(name, Padding(Text(plan.takes, style="dim"), (0, 0, 0, 2))), *cells, _two(makes, memory))
+        beside = (*of_changes(plan.stage), *lines(plan.stage)) if isinstance(plan.stage, Denoising) else ()
+        takes = [plan.takes, *beside]
+        table.add_row(Group(name, Padding(Text("\n".join(takes), style="dim"), (0, 0, 0, 2))), *cells, _two(makes, memory))
     return table
 
 

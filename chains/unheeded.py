@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..core.textual_inversion import says
 from .chain import Chain, Denoising, FromPicture, ImageToImage, Inpaint, PriorOptions, SizeConditioning, Stage
+from .companions import unused
 from .defaults import filled
 from .effects import Setup, idle, shown
 from .handoffs import Said, Severity
@@ -89,6 +91,11 @@ def _unlooked(chain: Chain, plans: Sequence[StagePlan], index: int, given: Denoi
         yield "guidance_batched", "guidance is off, so there is one pass only; leave it out"
     if given.tiled is not None and plan.stage.name not in pictures_wanted(chain, plans):
         yield "tiled", "what it makes is handed on as latents and never decoded; leave it out"
+    prompts = (given.prompt, given.prompt_2, given.negative_prompt, given.negative_prompt_2)
+    for word in given.embeddings:
+        if not any(says(prompt, word) for prompt in prompts if prompt):
+            yield f"embeddings.{word}", "none of its prompts has that word; leave it out"
+    yield from unused(given, plan.run) if plan.run else ()
     if isinstance(given, FromPicture):
         yield from _unlooked_inputs(plan, given)
     if isinstance(given, Inpaint) and given.mask_blur and plan.left_noisy:

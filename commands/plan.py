@@ -27,6 +27,7 @@ def plan(
 
     Exit codes beside those of every command: 1 with --strict and a warning, 2 if a finding is an error.
     """
+    from ..chains.cache import Cache, foreseen
     from ..chains.checks import findings
     from ..chains.drawing import draw_plan
     from ..chains.plan import plan as plan_chain
@@ -38,6 +39,8 @@ def plan(
     seeds = f"seed{'s' if job.batch > 1 else ''} {', '.join(map(str, job.seeds()))}"
     out.print(f"{count} on {shelf.device}, {seeds}", highlight=False, soft_wrap=True)
     out.print(stage_table(plans), curve(plans, out.width))
+    for name, (known, total) in foreseen(Cache.usual(), job, plans, shelf).items():
+        show(f"{name}: {known} of {total} steps were made before and will be reused (not with --no-cache)")
     if table:
         out.print(step_table(plans, every))
     if found:

@@ -23,6 +23,7 @@ INTERRUPTED = 130
 SaveEvery = Annotated[
     int, typer.Option(metavar="N", help="Save the run after every N steps of a stage, so that it can be resumed if killed.")
 ]
+Caching = Annotated[bool, typer.Option(help="Reuse the steps that another run has made, and keep those of this one.")]
 Previewing = Annotated[bool, typer.Option("--preview", help="Show the x0 of every step in the terminal.")]
 Progressing = Annotated[bool, typer.Option(help="Show progress bars (never when not on a terminal).")]
 
@@ -33,17 +34,20 @@ def run(
     shelf: "Shelf",
     output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
     save_every: SaveEvery = 0,
+    cache: Caching = True,
     preview: Previewing = False,
     progress: Progressing = True,
 ) -> None:
     """Run a chain and write its pictures."""
+    from ..chains.cache import Cache
     from ..chains.film.live import Screen, previews
     from ..chains.run import run as run_chain
 
     screen = Screen() if preview and err.is_terminal else None
     observe = previews(screen) if screen else None
     with told(output), bars(on=progress and err.is_terminal, above=screen) as watch:
-        report(run_chain(job, shelf, output, watch, free=True, observe=observe, save_every=save_every))
+        how: Any = {"observe": observe, "save_every": save_every, "cache": Cache.usual() if cache else None}
+        report(run_chain(job, shelf, output, watch, free=True, **how))
 
 
 def resume(

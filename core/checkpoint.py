@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadModel
-from .single_file import convert
+from .single_file import control_config, convert, convert_controlnet
 from .weights import Part, file_state, read_json, read_tensors, weight_files
 
 COMPONENTS = {
@@ -34,6 +35,11 @@ COMPONENTS = {
     "movq": ("VQModel",),
 }
 """The components of all systems, and the classes each may be."""
+
+CONTROLNET = "controlnet"
+"""A component that no system has and that people bring."""
+
+_CLASSES = {**COMPONENTS, CONTROLNET: ("ControlNetModel",)}
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -63,7 +69,29 @@ def _tensors(part: Part) -> dict[str, Tensor]:
     if part.file is None:
         return held
     with _quiet():
-        return convert(held, part.name, read_json(part.folder / "config.json"), part.file)
+        if part.name == CONTROLNET:
+            return convert_controlnet(held, read_config(part), part.file)
+        return convert(held, part.name, read_config(part), part.file)
+
+
+def read_config(part: Part) -> dict[str, Any]:
+    """A component's ``config.json``; for a ControlNet in one file, made of that of the UNet that it is for."""
+    config = read_json(part.folder / "config.json")
+    return control_config(config) if part.file and part.name == CONTROLNET else config
+
+
+def require_class(part: Part) -> str:
+    """The class that a component's config names; BadModel if it is not one of those that it may be."""
+    config = read_config(part)
+    found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
+    if found not in _CLASSES[part.name]:
+        raise BadModel(f"{part.folder} holds {found} where {part.name} must be {' or '.join(_CLASSES[part.name])}.")
+    return str(found)
+
+
+def fingerprint_of(file: Path) -> str:
+    """A digest of one file of weights."""
+    return _digest(*file_state(file)).hex()[:16]
 
 
 def fingerprint(part: Part) -> str:
@@ -94,12 +122,18 @@ def _digest(file: Path, size: int, modified: int) -> bytes:
 def tensor_bytes(part: Part, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that each tensor of a component takes once loaded in ``dtype``; the files are mapped, not read."""
     shapes = _shapes(part, tuple(file_state(file) for file in weight_files(part)))
-    return {name: count * (dtype if kind.is_floating_point else kind).itemsize for name, count, kind in shapes}
+    return {name: math.prod(shape) * (dtype if kind.is_floating_point else kind).itemsize for name, shape, kind in shapes}
+
+
+def layer_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """The shape of every layer's weight, by the layer's name; the files are mapped, not read."""
+    shapes = _shapes(part, tuple(file_state(file) for file in weight_files(part)))
+    return {name.removesuffix(".weight"): shape for name, shape, _ in shapes if name.endswith(".weight")}
 
 
 @cache
-def _shapes(part: Part, states: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[str, int, torch.dtype], ...]:
-    return tuple((name, tensor.numel(), tensor.dtype) for name, tensor in _tensors(part).items())
+def _shapes(part: Part, states: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(part).items())
 
 
 def encoder_fingerprint(part: Part) -> str:
@@ -137,10 +171,7 @@ def read_component(part: Part, dtype: torch.dtype) -> Any:
 
     library: Any = transformers if part.name.endswith(("encoder", "encoder_2")) else diffusers
     files = weight_files(part)
-    config = read_json(part.folder / "config.json")
-    found = config.get("_class_name") or next(iter(config.get("architectures") or []), "no named class")
-    if found not in COMPONENTS[part.name]:
-        raise BadModel(f"{part.folder} holds {found} where {part.name} must be {' or '.join(COMPONENTS[part.name])}.")
+    config, found = read_config(part), require_class(part)
     if "quantization_config" in config:
         raise BadModel(f"{part.folder / 'config.json'} asks for a quantizer, which is not run: use plain weights.")
     misfit = f"{part.folder} cannot be loaded: its config.json does not fit its weights"

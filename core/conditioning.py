@@ -24,6 +24,8 @@ class Conditioning:
         class_labels: (batch,), e.g. a noise level.
         channels: (batch, c, height, width), concatenated to the scaled ``x``: mask and masked image
             of an inpainting UNet, the low-resolution picture of an upscaler.
+        image_tokens: (batch, pictures, tokens, width), attended to beside the context by an IP-Adapter.
+        control: (batch, networks, 3, height, width) in pixels and [0, 1], a picture for each ControlNet.
     """
 
     context: Tensor | None = None
@@ -33,6 +35,8 @@ class Conditioning:
     image_embeds: Tensor | None = None
     class_labels: Tensor | None = None
     channels: Tensor | None = None
+    image_tokens: Tensor | None = None
+    control: Tensor | None = None
 
     def __len__(self) -> int:
         return max((len(t) for t in self._tensors().values()), default=0)

@@ -24,6 +24,10 @@ noise level (DPM++ with Karras sigmas rounds them); a closed-form denoiser ignor
 """
 
 
+IMAGE_PROMPTED = "_unrolled_image_prompted"
+"""Where a UNet remembers that an IP-Adapter is on it; not a weight, so no ``state_dict`` has it."""
+
+
 class ConditionalDenoiser(Protocol):
     """``(x, sigma, timestep, conditioning) -> Prediction``: a network before guidance."""
 
@@ -59,7 +63,8 @@ class UNetDenoiser:
         config = self.unet.config
         kinds = {"text_time": {"context", "pooled", "time_ids"}, "image": {"image_embeds"}}
         labels = {"class_labels"} if config.class_embed_type or config.num_class_embeds else set()
-        return frozenset(kinds.get(config.addition_embed_type, {"context"}) | labels)
+        pictures = {"image_tokens"} if hasattr(self.unet, IMAGE_PROMPTED) else set()
+        return frozenset(kinds.get(config.addition_embed_type, {"context"}) | labels | pictures)
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """Scale the input to unit variance, call the UNet, and say what its output means.
@@ -68,7 +73,7 @@ class UNetDenoiser:
             BadInput: the channels of ``x`` and of the conditioning do not add up to the UNet's, or the
                 conditioning holds what this UNet cannot take or lacks what it needs.
         """
-        return _asked(self, x, sigma, timestep, conditioning)
+        return asked(self, x, sigma, timestep, conditioning)
 
     def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
         """The conditioning as the UNet takes it: one for each of ``x``, where and in what precision the UNet is."""
@@ -91,8 +96,9 @@ class UNetDenoiser:
     def arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the UNet is called with beside the latents and the timestep."""
         added = {"text_embeds": "pooled", "time_ids": "time_ids", "image_embeds": "image_embeds"}
+        context, tokens = conditioning.context, conditioning.image_tokens
         return {
-            "encoder_hidden_states": conditioning.context,
+            "encoder_hidden_states": context if tokens is None else (context, [tokens]),
             "class_labels": conditioning.class_labels,
             "added_cond_kwargs": {theirs: getattr(conditioning, ours) for theirs, ours in added.items()},
         }
@@ -124,7 +130,7 @@ class UpscalerDenoiser:
 
     def __call__(self, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning, /) -> Prediction:
         """As for :class:`UNetDenoiser`, but the timestep is not looked at, and sigma 0 is a BadInput."""
-        return _asked(self, x, sigma, timestep, conditioning)
+        return asked(self, x, sigma, timestep, conditioning)
 
     def ready(self, conditioning: Conditioning, x: Tensor) -> Conditioning:
         """As of :class:`UNetDenoiser`."""
@@ -187,15 +193,21 @@ class PriorDenoiser:
         return Prediction(out.to(x.dtype).view_as(x), x, sigma, self.kind)
 
 
-def _asked(
-    network: UNetDenoiser | UpscalerDenoiser, x: Tensor, sigma: float, timestep: float, conditioning: Conditioning
+def asked(
+    network: UNetDenoiser | UpscalerDenoiser,
+    x: Tensor,
+    sigma: float,
+    timestep: float,
+    conditioning: Conditioning,
+    **more: Any,
 ) -> Prediction:
-    """The UNet called with what its wrapper makes of the arguments."""
+    """The UNet called with what its wrapper makes of the arguments, and with ``more``."""
     conditioning = network.ready(conditioning, x)
     out = network.unet(
         with_channels_of(conditioning, network.scaled(x, sigma), network.unet.config.in_channels),
         told(network.tells(sigma, timestep), x),
         **network.arguments(conditioning),
+        **more,
         return_dict=False,
     )[0]
     return network.read(out, x, sigma)
@@ -225,7 +237,7 @@ def require_conditioning(conditioning: Conditioning, takes: frozenset[str]) -> N
         raise BadInput(f"This network is conditioned by {wanted}, it cannot take {', '.join(unused)}.")
     raise BadInput(
         f"This network is conditioned by {wanted}, but {', '.join(sorted(takes - held))} is missing: "
-        "encode_text gives context and pooled, with_size time_ids, the prior image_embeds."
+        "encode_text gives context and pooled, with_size time_ids, the prior image_embeds, with_image_prompt image_tokens."
     )
 
 

@@ -56,6 +56,26 @@ def download_folder(
     return folder
 
 
+def download_component(name: str, revision: str | None, variant: str | None, weights: bool) -> Path:
+    """One component that is a repository, ``owner/name``, or a folder in one, ``owner/name/folder``.
+
+    Raises:
+        BadModel: it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    owner, repository, *inside = name.split("/")
+    folder = "/".join(inside)
+    files = ["config.json", *([f"*.{variant}*safetensors" if variant else "*.safetensors"] if weights else [])]
+    wanted = [f"{folder}/{file}" if folder else file for file in files]
+    skipped = None if variant else ["*.fp16.*", "*.fp16-*"]
+    with _hub_faults(name):
+        found = snapshot_download(
+            f"{owner}/{repository}", revision=revision, allow_patterns=wanted, ignore_patterns=skipped
+        )
+    return Path(found) / folder
+
+
 def download_file(name: str, revision: str | None) -> Path:
     """A file of a repository, given as ``owner/name/file``.
 

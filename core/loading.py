@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -98,6 +98,7 @@ class Shelf:
         allow_pickle: bool = False,
         size: tuple[int, int] | None = None,
         batch: int = 1,
+        beside: Sequence[Part] = (),
     ) -> Model:
         """A model by short name, folder, hub id, or a whole checkpoint in one file; see :func:`find`.
 
@@ -108,6 +109,7 @@ class Shelf:
                 safetensors.
             size, batch: width and height in pixels and number of the pictures that room is planned for; by default
                 one of the model's native size. It limits nothing later.
+            beside: what else will run with it (:mod:`.companions`), so that there is room for it.
 
         Raises:
             BadModel: it cannot be found, is damaged, of another class or not safe to read; BadInput: it does not
@@ -117,7 +119,7 @@ class Shelf:
         if source.system == "prior":
             raise BadModel(f"{source.name} is a prior, which makes no picture: a Kandinsky decoder takes it as its prior.")
         read_scheduler(source.scheduler)  # refuse what cannot be honoured now, not after the first stage
-        parts, digests = self._parts(source, size, batch)
+        parts, digests = self._parts(source, size, batch, beside)
         vae = parts.pop(source.vae)
         return Model(
             source.name,
@@ -148,7 +150,13 @@ class Shelf:
             dtype=self.dtype,
         )
 
-    def placement(self, source: Source, size: tuple[int, int] | None = None, batch: int = 1) -> dict[str, tuple[Need, Mode]]:
+    def component(self, part: Part, size: tuple[int, int] = (0, 0), downscale: int = 1, batch: int = 1) -> Any:
+        """One component by where it lies, loaded once and placed; sizes as for :func:`~.memory.read_need`."""
+        return self._component(part, self._place(part.name, [part], size, downscale, batch)[part.name])[0]
+
+    def placement(
+        self, source: Source, size: tuple[int, int] | None = None, batch: int = 1, beside: Sequence[Part] = ()
+    ) -> dict[str, tuple[Need, Mode]]:
         """What each component of a model takes of the device and where it lives, or would; no weights are read.
 
         ``peak(shelf.placement(source).values())`` is the memory that the model takes at its worst moment.
@@ -157,14 +165,23 @@ class Shelf:
         prior = source.system == "prior"
         size, downscale = size or ((0, 0) if prior else (source.sizes()[0],) * 2), 1 if prior else source.downscale
         parts = [source.part(name) for name in source.parts if name not in TOKENIZERS]
+        return self._place(source.name, [*parts, *beside], size, downscale, batch)
+
+    def _place(
+        self, name: str, parts: Sequence[Part], size: tuple[int, int], downscale: int, batch: int
+    ) -> dict[str, tuple[Need, Mode]]:
         needs = {_key(part): read_need(part, self.dtype, size, downscale, batch) for part in parts}
         held = {key: (needs.get(key, need), mode) for key, (need, mode) in self._placed.items()}
         new = [need for key, need in needs.items() if key not in held]
-        mode = self.memory.mode(source.name, new, list(held.values())) if new else "resident"
-        return {key[0]: held.get(key, (need, mode)) for key, need in needs.items()}
+        mode = self.memory.mode(name, new, list(held.values())) if new else "resident"
+        placed = dict[str, tuple[Need, Mode]]()
+        for key, need in needs.items():  # two ControlNets are two of one name
+            placed[key[0] if key[0] not in placed else " ".join(key)] = held.get(key, (need, mode))
+        return placed
 
-    def keep(self, *models: str | Source) -> int:
-        """Forget every component that none of these models needs, and free it unless somebody still holds it.
+    def keep(self, *models: str | Source | Part) -> int:
+        """Forget every component that is none of these and that none of these models needs, and free it unless somebody
+        still holds it.
 
         A component that a :class:`Model` in use refers to stays in memory: let go of the model first.
 
@@ -174,9 +191,10 @@ class Shelf:
         Returns:
             The bytes of weights freed.
         """
-        sources = [self.find(model, weights=False) if isinstance(model, str) else model for model in models]
+        kept = [self.find(model, weights=False) if isinstance(model, str) else model for model in models]
+        parts = [part for held in kept for part in ([held] if isinstance(held, Part) else map(held.part, held.parts))]
         needed = set[tuple[str, str]]()
-        for part in (source.part(name) for source in sources for name in source.parts):
+        for part in parts:
             with suppress(BadModel):  # not fetched from the hub yet, so not on the shelf
                 needed.add(_key(part))
         gone = self._components.keys() - needed
@@ -187,9 +205,9 @@ class Shelf:
         return sum(need.weights for component, need in watched if component() is None)
 
     def _parts(
-        self, source: Source, size: tuple[int, int] | None = None, batch: int = 1
+        self, source: Source, size: tuple[int, int] | None = None, batch: int = 1, beside: Sequence[Part] = ()
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        placed = self.placement(source, size, batch)
+        placed = self.placement(source, size, batch, beside)
         parts, digests = dict[str, Any](), dict[str, str]()
         for name in source.parts:
             parts[name], digests[name] = self._component(source.part(name), placed.get(name))

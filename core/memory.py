@@ -25,13 +25,13 @@ Offload = Literal["auto", "resident", "model", "layer"]
 TILE_FROM = 1536 * 1536
 """Pictures of more pixels are decoded in tiles unless told otherwise: the decoder's memory grows with them."""
 
-WORK = {"unet": 32, "vae": 8, "movq": 12}
+WORK = {"unet": 32, "controlnet": 32, "vae": 8, "movq": 12}
 """What a component computes with beside its weights, in units of its first width x latent cells (the UNet; guidance
 makes a batch of two) or x pixels (the VAE; one picture at a time).
 
 Counted by running the published structures on torch's meta device: SD 1.5's UNet 26.1, SDXL's, Kandinsky's and the
 upscalers' 14.0 to 15.9, AutoencoderKL 6.0, MoVQ 10.0; rounded up for convolution workspaces. That is with attention
-that keeps no matrix of scores: ``attention="reference"`` takes more.
+that keeps no matrix of scores: ``attention="reference"`` takes more. A ControlNet is a UNet's first half.
 """
 OTHER_WORK = 64 * 2**20
 """The same of CLIP's encoders and the prior, in bytes: they see a few hundred tokens."""
@@ -72,8 +72,8 @@ def read_need(part: Part, dtype: torch.dtype, size: tuple[int, int] = (0, 0), do
         layers[layer] = layers.get(layer, 0) + count
     width, pixels = (config.get("block_out_channels") or [0])[0], size[0] * size[1]
     work = OTHER_WORK
-    if part.name == "unet":
-        work = WORK["unet"] * 2 * batch * (pixels // downscale**2) * width * dtype.itemsize
+    if part.name in ("unet", "controlnet"):
+        work = WORK[part.name] * 2 * batch * (pixels // downscale**2) * width * dtype.itemsize
     elif part.name in WORK:
         work = WORK[part.name] * (min(pixels, TILE_FROM) if part.name == "vae" else pixels) * width * dtype.itemsize
     return Need(part.name, sum(layers.values()), max(layers.values(), default=0), work)

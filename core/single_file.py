@@ -109,3 +109,25 @@ def convert(tensors: Mapping[str, Tensor], part: str, config: Mapping[str, Any],
     if "CLIPTextModel" in (config.get("architectures") or []):  # ComfyUI writes a projection that it does not use
         converted.pop("text_projection.weight", None)
     return dict(converted)
+
+
+def control_config(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a ControlNet for a UNet, as ``ControlNetModel.from_unet`` makes it."""
+    return {**unet, "_class_name": "ControlNetModel", "in_channels": unet.get("out_channels", 4)}
+
+
+def convert_controlnet(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
+    """The weights of a ControlNet in one file under diffusers' names, which it may have already.
+
+    Raises:
+        BadModel: it holds something else.
+    """
+    from diffusers.loaders import single_file_utils as theirs
+
+    try:
+        converted = theirs.convert_controlnet_checkpoint(dict(tensors), config)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise BadModel(f"{file} cannot be converted: it is no complete ControlNet ({error}).") from error
+    if any(tensor is None for tensor in converted.values()):
+        raise BadModel(f"{file} is no ControlNet: {next(key for key in converted if converted[key] is None)} is missing.")
+    return dict(converted)

@@ -207,7 +207,7 @@ def _locate(
 def _single_file(
     name: str, models: str, variant: str | None, revision: str | None, weights: Collection[str], allow_pickle: bool
 ) -> Source:
-    file = _find_file(name, models, revision, allow_pickle)
+    file = find_file(name, models, revision, allow_pickle)
     tensors = read_tensors(file, allow_pickle)
     kind = kind_of(tensors, file)
     held = parts_in(tensors, kind)
@@ -221,7 +221,12 @@ def _single_file(
     return replace(base, name=name, files=files, changes=scheduler_changes(tensors), allow_pickle=allow_pickle)
 
 
-def _find_file(name: str, models: str, revision: str | None, allow_pickle: bool) -> Path:
+def find_file(name: str, models: str, revision: str | None, allow_pickle: bool = False) -> Path:
+    """Where one file of weights lies: a path, one in the folder of models, or a file of a hub's repository.
+
+    Raises:
+        BadModel: there is none, or it is a pickle that is not allowed.
+    """
     for file in (Path(name), Path(models) / name):
         if file.is_file():
             return file

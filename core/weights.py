@@ -92,7 +92,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
         reason = lines[0].strip().split(". ")[0] if lines else type(error).__name__
         raise BadModel(f"{file} is damaged and cannot be read as a pickle of tensors ({reason}).") from error
-    held = held.get("state_dict", held) if isinstance(held, Mapping) else held
+    if isinstance(held, Mapping):  # the last is AUTOMATIC1111's, of a textual inversion
+        held = held.get("state_dict", held.get("string_to_param", held))
     tensors = {key: value for key, value in held.items() if isinstance(value, Tensor)} if isinstance(held, Mapping) else {}
     if not tensors:
         raise BadModel(f"{file} holds a {type(held).__name__} without tensors where weights are expected.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,19 @@ def to_pictures(tensor: Tensor) -> list[Image.Image]:
     """The inverse of :func:`to_tensor`, rounded and clamped to 8 bits."""
     array = (tensor.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
+
+
+def clip_pixels(options: Mapping[str, Any], pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of any size as a CLIP image encoder takes them: (batch, 3, side, side), resized, cropped, normalised.
+
+    Args:
+        options: of ``preprocessor_config.json``; what it does not say is CLIP's own.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil.from_dict(dict(options))
+    pixels: Tensor = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
+    return pixels
 
 
 def _open(path: str | Path) -> Image.Image:

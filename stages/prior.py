@@ -15,6 +15,7 @@ from ..core.latents import Latents
 from ..core.loading import Prior
 from ..core.loop import Step, denoise
 from ..core.noise import Noise, NoiseSource
+from .pictures import clip_pixels
 from .text import Prompts, encode_text
 
 
@@ -117,14 +118,10 @@ def _one_per_seed(prompts: Conditioning, seeds: int) -> Conditioning:
 
 
 def _pixels(prior: Prior, pictures: Sequence[Image.Image]) -> Tensor:
-    from transformers import CLIPImageProcessorPil
-
     try:
-        processor = CLIPImageProcessorPil.from_dict(dict(prior.image_processor))
-        pixels: Tensor = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
+        return clip_pixels(prior.image_processor, pictures)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadModel(f"The preprocessor_config.json of {prior.name} cannot be followed ({error}).") from error
-    return pixels
 
 
 def _encoded(prior: Prior, pixels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from ..core.conditioning import Conditioning
 from ..core.errors import BadInput, Note
 from ..core.loading import Model, Prior
+from ..core.textual_inversion import pieces
 
 Prompts = str | Sequence[str] | None
 
@@ -79,6 +80,14 @@ def dropped_text(model: Model | Prior, prompt: str) -> str:
     return _dropped(_encoders(model)[0], prompt)
 
 
+def token_positions(model: Model | Prior, prompt: str, start: int, stop: int, *, chunks: bool = False) -> list[int]:
+    """Which tokens of the context a prompt's characters ``start`` to ``stop - 1`` became, but for dropped ones."""
+    encoder = _encoders(model)[0]
+    room, tokens = _length(encoder) - 2, enumerate(_tokens(encoder, prompt))
+    inside = [i for i, (_, first, end) in tokens if first < stop and end > start and (chunks or i < room)]
+    return [i // room * (room + 2) + 1 + i % room for i in inside]
+
+
 Encoder = tuple[Any, Any]
 """A tokenizer and the text encoder it is for."""
 
@@ -94,7 +103,7 @@ def _encoders(model: Model | Prior) -> list[Encoder]:
 
 def _chunks(encoder: Encoder, prompts: Sequence[str]) -> int:
     room = _length(encoder) - 2
-    return max(1, *(-(-len(_ids(encoder[0], prompt)) // room) for prompt in prompts))
+    return max(1, *(-(-len(_tokens(encoder, prompt)) // room) for prompt in prompts))
 
 
 def _encode(model: Model | Prior, encoder: Encoder, prompts: Sequence[str], clip_skip: int, chunks: int) -> Conditioning:
@@ -104,15 +113,13 @@ def _encode(model: Model | Prior, encoder: Encoder, prompts: Sequence[str], clip
     if not 0 <= clip_skip < layers:
         raise BadInput(f"clip_skip goes from 0 to {layers - 1} with this text encoder, got {clip_skip}.")
     room = _length(encoder) - 2
-    bodies = [_ids(encoder[0], prompt) for prompt in prompts]
-    pieces = [
-        _states(model, encoder, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(chunks)
-    ]
-    masks = [piece.context_mask for piece in pieces if piece.context_mask is not None]
+    bodies = [[token for token, *_ in _tokens(encoder, prompt)] for prompt in prompts]
+    parts = [_states(model, encoder, [body[i * room : (i + 1) * room] for body in bodies], clip_skip) for i in range(chunks)]
+    masks = [part.context_mask for part in parts if part.context_mask is not None]
     return Conditioning(
-        context=torch.cat([piece.context for piece in pieces if piece.context is not None], dim=1),
+        context=torch.cat([part.context for part in parts if part.context is not None], dim=1),
         context_mask=torch.cat(masks, dim=1) if masks else None,
-        pooled=pieces[0].pooled,
+        pooled=parts[0].pooled,
     )
 
 
@@ -138,7 +145,8 @@ def _states(model: Model | Prior, encoder: Encoder, bodies: list[list[int]], cli
 
 
 def _dropped(encoder: Encoder, prompt: str) -> str:
-    return str(encoder[0].decode(_ids(encoder[0], prompt)[_length(encoder) - 2 :])).strip()
+    lost = _tokens(encoder, prompt)[_length(encoder) - 2 :]
+    return prompt[lost[0][1] :].strip() if lost else ""
 
 
 def _length(encoder: Encoder) -> int:
@@ -146,5 +154,15 @@ def _length(encoder: Encoder) -> int:
     return int(min(encoder[0].model_max_length, encoder[1].config.max_position_embeddings))
 
 
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    return list(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+def _tokens(encoder: Encoder, prompt: str) -> list[tuple[int, int, int]]:
+    """A prompt's tokens: each one's id, and which characters it is of, from the first to before the last."""
+    (tokenizer, network), found, begin = encoder, list[tuple[int, int, int]](), 0
+    for piece, taught in pieces(network, prompt):
+        if taught:
+            found += [(token, begin, begin + len(piece)) for token in taught]
+        else:
+            told = tokenizer(piece, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+            spans = zip(told.input_ids, told.offset_mapping, strict=True)
+            found += [(token, begin + first, begin + end) for token, (first, end) in spans]
+        begin += len(piece)
+    return found

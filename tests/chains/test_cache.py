@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from unrolled.chains.cache import Cache
+from unrolled import __main__ as command
+from unrolled.chains.cache import Cache, foreseen
 from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Stage, TextToImage
 from unrolled.chains.outputs import Result
+from unrolled.chains.plan import plan
 from unrolled.chains.replay import replay
 from unrolled.chains.run import run
 from unrolled.core.loading import Shelf
@@ -176,6 +180,40 @@ def test_pictures_from_the_cache_can_be_replayed(chain: Chain, shelf: Shelf, cac
     (file,) = run(chain, shelf, tmp_path / "out", cache=cache).files
     again = replay(file)
     assert (str(again), again.changed) == ("identical", ())
+
+
+def test_the_plan_and_the_command_say_what_is_reused(
+    chain: Chain,
+    tiny_folder: Path,
+    shelf: Shelf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unrolled(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["unrolled", *arguments])
+        with contextlib.suppress(SystemExit):
+            command.main()
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    job = ("text-to-image", "--steps", "4", "--set", f"model={tiny_folder}", "--device", "cpu")
+    to = ("--output", str(tmp_path / "out"))
+    assert "reused" not in unrolled("plan", *job)
+    assert "reused" not in unrolled("run", *job, *to)
+    assert "text-to-image: 4 of 4 steps were made before and will be reused" in unrolled("plan", *job)
+    assert "4 of 4 steps were made before and reused" in unrolled("run", *job, *to)
+    assert "reused" not in unrolled("run", *job, *to, "--no-cache")
+    assert "reused" not in unrolled("plan", *job, "--seed", "1")
+
+
+def test_what_a_plan_foresees(chain: Chain, shelf: Shelf, cache: Cache) -> None:
+    run(chain, shelf, cache=cache)
+    assert foreseen(cache, chain, plan(chain, shelf), shelf) == {"text": (5, 5), "again": (4, 4)}
+    later = changed(chain, "again", guidance_scale=[5.0, 5.0, 5.0, 5.0, 1.0])
+    assert foreseen(cache, later, plan(later, shelf), shelf) == {"text": (5, 5), "again": (3, 4)}
+    other = changed(chain, "text", prompt="a house")
+    assert foreseen(cache, other, plan(other, shelf), shelf) == {}
 
 
 # --- the folder

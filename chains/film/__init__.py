@@ -1,0 +1,1 @@
+"""A run on film: what every step of every stage held, as one page to look through."""
