@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from cpu_unet import processor
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from unrolled.chains.record import versions
 from unrolled.kernels.winograd import winograd, winograd_weights
 
@@ -36,7 +38,10 @@ def measure(side: int, inputs: int, outputs: int, rounds: int) -> dict[str, Any]
     weight, bias = weight.contiguous(memory_format=torch.channels_last), torch.zeros(outputs, dtype=torch.bfloat16)
     filtered = winograd_weights(weight)
     exact = F.conv2d(x.float(), weight.float(), padding=1)
-    sides = {"torch": lambda: F.conv2d(x, weight, bias, padding=1), "winograd": lambda: winograd(x, filtered, bias)}
+    sides: dict[str, Callable[[], Tensor]] = {
+        "torch": lambda: F.conv2d(x, weight, bias, padding=1),
+        "winograd": lambda: winograd(x, filtered, bias),
+    }
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name in (*sides, *reversed(sides)):
