@@ -7,17 +7,17 @@ import sys
 
 import typer
 
-from .commands.film import film
 from .commands.compare import diff, replay
+from .commands.film import film
 from .commands.options import say
 from .commands.plan import doctor, models, plan
-from .commands.run import resume, run
+from .commands.run import fork, resume, run
 from .core.errors import OutOfMemory, UnrolledError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="The diffusion pipeline, unrolled."
 )
-for command in (run, film, plan, models, doctor):
+for command in (run, resume, fork, film, replay, diff, plan, models, doctor):
     app.command()(command)
 
 

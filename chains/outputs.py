@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -47,6 +48,7 @@ class Result:
         frames: of the first image's animation.
         models: fingerprints of the weights of every stage's model, and of its prior.
         trail: of every stage, of every step, of every image.
+        forked: what run it is a branch of, and where it leaves it; see :mod:`.fork`.
     """
 
     outputs: dict[str, Output] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     models: dict[str, Mapping[str, str]] = field(default_factory=dict)
     trail: dict[str, list[list[Mark]]] = field(default_factory=dict)
+    forked: dict[str, Any] | None = None
 
     @property
     def pictures(self) -> list[Image.Image]:

@@ -56,6 +56,19 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
     return _assemble(document, stages, _Locator(path, text, given))
 
 
+def changed(chain: Chain, overrides: Sequence[str], **shared: object) -> Chain:
+    """The same chain with some keys changed, given as to :func:`read_chain`; raises as it does."""
+    document = chain.model_dump(exclude={"stages", "folder"})
+    stages = [stage.model_dump(exclude_unset=True) | {"do": stage.do, "name": stage.name} for stage in chain.stages]
+    for key, value in shared.items():
+        if value is not None:
+            _everywhere(document, stages, key, value)
+    for override in overrides:
+        _override(document, stages, override)
+    given = {*shared, *(override.partition("=")[0].strip().split(".")[-1] for override in overrides)}
+    return _assemble(document, stages, _Locator(chain.folder / "a chain", "", given))
+
+
 def _assemble(shared: dict[str, Any], stages: list[dict[str, Any]], where: _Locator) -> Chain:
     kinds = [_kind(stage, where, i) for i, stage in enumerate(stages)]
     own = Chain.model_fields.keys() - {"stages", "folder"}

@@ -88,6 +88,7 @@ def manifest(chain: Chain, index: int, result: Result, machine: Machine) -> dict
     seed = chain.seeds()[index]
     return {
         "chain": chain.model_dump(mode="json") | {"seed": seed, "batch": 1},
+        "forked": result.forked,
         "made_in": {"seed": chain.seed, "batch": chain.batch, "index": index},
         "inputs": {name: picture_digest(picture) for name, picture in result.inputs.items()},
         "models": {name: dict(prints) for name, prints in result.models.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from ..core.errors import BadInput
 from ..core.loading import Shelf
-from .chain import Chain
+from .chain import Chain, Denoising
+from .fork import fork
 from .outputs import Result
 from .read import PACKAGED
 from .record import Machine, manifest, read_manifest
@@ -23,7 +24,7 @@ from .run import run
 from .runner import Watch
 from .trail import Trail, distance, picture_digest, read_trail
 
-_LEFT_ALONE = {"chain", "made_in", "notes", "seconds", "pixels", "trail"}
+_LEFT_ALONE = {"chain", "forked", "made_in", "notes", "seconds", "pixels", "trail"}
 """What a manifest says that is no circumstance: what was asked for, and what came of it."""
 
 
@@ -100,14 +101,29 @@ def replay(
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
         said = str(error).splitlines()[0]
         raise BadInput(f"What {path} says of how it was made cannot be used ({said}): it is of another version.") from error
-    chain = chain.model_copy(update={"folder": _folder(_files(chain), path, inputs)})
+    chain = chain.model_copy(update={"folder": _folder(chain, path, inputs)})
     shelf = shelf or machine.shelf()
-    result = run(chain, shelf, watch=watch, free=free)
+    if forked := before.get("forked"):
+        result = _branch(path, forked, chain, shelf, watch, free)
+    else:
+        result = run(chain, shelf, watch=watch, free=free)
     after = manifest(chain, index, result, Machine.of(shelf))
     same = after["pixels"] == before["pixels"]
     mean, most = (0.0, 0.0) if same else _pixels_apart(path, before["pixels"], result.pictures[index])
     changed = tuple(changes(before, after))
     return Replayed(result, index, same, first_apart(trail, read_trail(after["trail"])), changed, (mean, most))
+
+
+def _branch(path: Path, forked: Mapping[str, Any], chain: Chain, shelf: Shelf, watch: Watch | None, free: bool) -> Result:
+    """A run that leaves another one at some step, with that one."""
+    try:
+        parent, stage, step = Chain.model_validate(forked["chain"]), str(forked["stage"]), int(forked["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is a branch of a run that it does not tell well ({str(error).splitlines()[0]}).") from error
+    if forked.get("edited"):
+        raise BadInput(f"{path} comes from latents edited after step {step} of {stage!r}: it cannot be made again.")
+    parent = parent.model_copy(update={"folder": chain.folder})
+    return fork(parent, chain, shelf, step, stage, watch=watch, free=free).branch
 
 
 def first_apart(before: Trail, after: Trail) -> Apart | None:
@@ -154,21 +170,21 @@ def _machine(facts: Mapping[str, Any]) -> Machine:
     return Machine(device, dtype, facts["models_from"], *how)
 
 
-def _files(chain: Chain) -> list[str]:
-    """The files that go into a chain, by the names that it has for them."""
-    given = (getattr(stage, key, None) for stage in chain.stages for key in ("image", "mask", "latents"))
-    return [name for name in given if name]
-
-
-def _folder(names: Sequence[str], path: Path, given: Path | None) -> Path:
-    """Where all of them are."""
+def _folder(chain: Chain, path: Path, given: Path | None) -> Path:
+    """Where all pictures and latents are that go into a chain, and as many of its adapters as are in one such place."""
+    stages = [stage for stage in chain.stages if isinstance(stage, Denoising)]
+    named = [getattr(stage, key, None) for stage in stages for key in ("image", "mask", "latents")]
+    named += [told.image for stage in stages for told in (*stage.control, stage.image_prompt) if told is not None]
+    names = [name for name in named if name]
+    adapters = [name for stage in stages for name in (*(told.file for told in stage.lora), *stage.embeddings.values())]
     places = [given] if given is not None else [path.parent, path.parent.parent, Path.cwd(), PACKAGED]
-    for place in places:
-        if all((place / name).is_file() for name in names):
-            return place
-    raise BadInput(
-        f"{path.name} was made from {', '.join(names)}, not to be found in {places[0]}: give their folder with --inputs."
-    )
+    fit = [place for place in places if all((place / name).is_file() for name in names)]
+    if not fit:
+        wanted = ", ".join(names)
+        raise BadInput(
+            f"{path.name} was made from {wanted}, not to be found in {places[0]}: give their folder with --inputs."
+        )
+    return max(fit, key=lambda place: sum((place / name).exists() for name in adapters))
 
 
 def _pixels_apart(path: Path, known: str, now: Image.Image) -> tuple[float, float]:

@@ -78,6 +78,13 @@ def resume(
     return _run(saved.chain, shelf or saved.machine.shelf(), path.parent, watch, **how)
 
 
+def go_on(
+    saved: Saved, shelf: Shelf, folder: Path | None = None, watch: Watch | None = None, *, free: bool = False
+) -> Result:
+    """Run the rest of a chain from where it stands; arguments as of :func:`run`."""
+    return _run(saved.chain, shelf, folder, watch, free=free, since=saved)
+
+
 def _run(
     chain: Chain,
     shelf: Shelf,

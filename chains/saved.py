@@ -164,6 +164,7 @@ def _packed(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seconds": result.seconds,
         "models": {name: dict(prints) for name, prints in result.models.items()},
         "trail": result.trail,
+        "forked": result.forked,
     }
     keep(list(result.inputs.values()), "input")
     return tensors, facts
@@ -177,6 +178,7 @@ def _unpacked(tensor: Callable[[str], Tensor], facts: Mapping[str, Any]) -> Resu
         frames=pictures(facts["frames"], "frame"),
         inputs=dict(zip(facts["inputs"], pictures(len(facts["inputs"]), "input"), strict=True)),
         notes=list(facts["notes"]),
+        forked=facts["forked"],
         seconds=dict(facts["seconds"]),
         models=dict(facts["models"]),
         trail={name: [[Mark(*mark) for mark in images] for images in steps] for name, steps in facts["trail"].items()},

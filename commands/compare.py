@@ -1,6 +1,5 @@
 """``unrolled replay`` and ``unrolled diff``: is it the same, and if not, where and why."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,12 +7,11 @@ import typer
 from rich.table import Table
 
 from ..core.files import write_atomically
+from ..stages.finish import png
 from .options import err, out, show
 from .run import Progressing, bars
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..chains.compare import Compared
 
 DIFFERENT = 1
@@ -35,7 +33,7 @@ def replay(
         again = make_again(picture, inputs=inputs, watch=watch, free=True)
     show(again)
     if output is not None:
-        show(write_atomically(output, _png(again.picture)))
+        show(write_atomically(output, png(again.picture)))
     if not again.same:
         raise typer.Exit(DIFFERENT)
 
@@ -51,7 +49,7 @@ def diff(
     found = compare(one, other)
     _print(found, one.name, other.name)
     if output is not None:
-        show(write_atomically(output, _png(found.picture)))
+        show(write_atomically(output, png(found.picture)))
 
 
 def _print(found: "Compared", one: str, other: str) -> None:
@@ -72,9 +70,3 @@ def _print(found: "Compared", one: str, other: str) -> None:
     else:
         mean, most = found.pixels
         show(f"pictures: {mean:.2g} of 255 apart in the mean, at most {most:.0f}" if most else "pictures: identical")
-
-
-def _png(picture: "Image.Image") -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()

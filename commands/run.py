@@ -62,6 +62,40 @@ def resume(
         report(resume_run(where, watch=watch, free=True, save_every=save_every))
 
 
+@on_chain
+def fork(
+    job: "Chain",
+    shelf: "Shelf",
+    at: Annotated[str, typer.Option(metavar="STAGE.STEP", help="After how many steps, without STAGE of the last.")],
+    change: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE.KEY=VALUE", help="What is different from there on.")
+    ] = None,
+    reseed: Annotated[int | None, typer.Option(help="Seed of the noise from there on.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Latents to go on from there: a file of Latents.save.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
+    progress: Progressing = True,
+) -> None:
+    """Run a chain, and once more from some step on with changes: two pictures, and both side by side."""
+    from ..chains.fork import fork as fork_run
+    from ..chains.read import changed
+    from ..core.errors import BadInput
+    from ..core.files import claim, write_atomically
+    from ..core.latents import Latents
+    from ..stages.finish import png
+
+    stage, _, step = at.rpartition(".")
+    if not step.isdigit():
+        raise BadInput(f"--at {at!r} is not of the form STEP or STAGE.STEP, e.g. 12 or {job.stages[0].name}.12.")
+    other = changed(job, change or (), seed=reseed)
+    edit = (lambda at_fork: Latents.load(latents, at_fork.x.device)) if latents is not None else None
+    with told(output), bars(on=progress and err.is_terminal) as watch:
+        made = fork_run(job, other, shelf, int(step), stage or None, output, watch, edit=edit, free=True)
+    report(made.parent)
+    report(made.branch)
+    name = claim(output, "fork", ".png").with_suffix(".png")
+    show(write_atomically(name, png(made.sheet())))
+
+
 def report(result: "Result") -> None:
     """Print what a run has to say, and the files it made."""
     for note in dict.fromkeys(result.notes):

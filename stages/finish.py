@@ -77,6 +77,13 @@ def gif(pictures: Sequence[Image.Image], seconds: float = 0.12, hold: float = 1.
     return file.getvalue()
 
 
+def png(picture: Image.Image) -> bytes:
+    """A PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
 def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """``label`` broken at blanks, and behind hyphens, into lines that fit."""
     lines = [""]
