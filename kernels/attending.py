@@ -99,6 +99,6 @@ class _Instead(TorchFunctionMode):
         (q, k, v), rest = args[:3], args[3:]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *rest, **kwargs).transpose(1, 2)  # type: ignore[no-any-return]
+            return func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *rest, **kwargs).transpose(1, 2)
 
         return self.edit(self.place, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attend).transpose(1, 2)

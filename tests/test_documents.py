@@ -2,18 +2,25 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import unrolled
+from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import save_file
 from unrolled.chains.adapters import LoraOptions
 from unrolled.chains.chain import Denoising, ImageToImage, Inpaint, PriorOptions, SizeConditioning, TextToImage, Upscale
+from unrolled.core.errors import Note
+from unrolled.kernels.fast import optimise
+from unrolled.kernels.networks import set_attention
 
 ROOT = Path(unrolled.__file__).parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -37,6 +44,16 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     start = unrolled.noise(model, schedule)
     own, ours = (unrolled.denoise(denoiser, start, schedule, s) for s in (names["euler"], unrolled.Euler()))  # type: ignore[arg-type]
     assert (own.x - ours.x).abs().max() < 1e-5
+
+
+def test_a_fork_in_a_loop_of_ones_own() -> None:
+    names: dict[str, Any] = {}
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.S)
+    exec(block, names)
+    assert [point.step for point in names["points"]] == list(range(1, 21))
+    assert names["step"].index == 19, "it goes on in the count of the whole run"
+    castle, house = (np.asarray(picture, float) for picture in names["pictures"])
+    assert np.abs(castle - house).mean() > 5
 
 
 def test_the_solver_of_ones_own_runs_and_is_of_second_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,12 +82,50 @@ def test_the_adapters_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(word, {})
 
 
+def test_the_python_of_kernels_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    fast, tiles = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(fast.replace("steps=30", "steps=4"), names)
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) for name in ("castle", "castle-captured")]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", tiles], capture_output=True, text=True, check=False)
+    sizes, errors = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert sizes == ("16", "32", "64"), done.stderr
+    assert all(0 < float(error) < 1e-5 for error in errors)
+
+
+def test_the_note_of_kernels_is_the_one_that_is_seen() -> None:
+    sd = unrolled.load("sd-1.5", device="cpu")
+    cond, latents = unrolled.encode_text(sd, "a castle"), unrolled.noise(sd, sd.schedule(4), seeds=[0])
+    with optimise(sd.unet), torch.no_grad():
+        set_attention(sd.unet, "reference")
+        with pytest.warns(Note) as said:
+            sd.denoiser(latents.x, 3.0, 500.0, cond)
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    (quote,) = re.findall(r"^(?:> .*\n)+", text, re.M)
+    assert quote.replace("\n", " ").replace("> ", "").strip() in {str(note.message) for note in said}
+
+
 def test_the_costs_of_steps_are_those_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())["solvers"]
     text = (ROOT / "docs" / "solvers.md").read_text()
     for name, row in measured.items():
         ours, theirs, ratio = (row[key] for key in ("us_per_evaluation", "us_per_evaluation_diffusers", "ratio"))
         assert f"| {name} | {ours:.0f} | {theirs:.0f} | {ratio:.2f} |" in text
+
+
+def test_the_readmes_speed_is_that_measured() -> None:
+    sides = json.loads((ROOT / "benchmarks" / "results" / "cpu_unet.json").read_text())["sides"]
+    seconds = {name: side["processor_s"] for name, side in sides.items()}
+    plain, best = seconds["diffusers fp32"], min(s for name, s in seconds.items() if name.startswith("diffusers"))
+    assert best == seconds["diffusers bf16 NHWC"]
+    wanted = (
+        f"{plain / seconds['ours bf16']:.1f} times as fast as diffusers' float32 and {best / seconds['ours bf16']:.1f} times"
+    )
+    assert wanted in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:
