@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -21,7 +20,7 @@ from .outputs import Result
 from .plan import plan
 from .record import Machine
 from .run import go_on, run
-from .runner import Watch
+from .runner import Observe, Watch
 from .saved import Saved
 from .tasks import Task
 
@@ -53,6 +52,7 @@ def fork(
     *,
     edit: Callable[[Latents], Latents] | None = None,
     free: bool = False,
+    observe: tuple[Observe | None, Observe | None] = (None, None),
 ) -> Forked:
     """Run a chain, and from a step on also as it is changed: other prompts, guidance, solver, noise, later stages.
 
@@ -62,6 +62,7 @@ def fork(
         step: how many steps of the stage's schedule lie before the fork.
         stage: by name; by default the last that denoises.
         edit: of the latents at the fork, for the branch alone.
+        observe: looks into the stages of the parent, and of the branch.
 
     Further arguments as of :func:`~unrolled.chains.run.run`.
 
@@ -74,7 +75,7 @@ def fork(
     stage = stage or next((s.name for s in reversed(chain.stages) if isinstance(s, Denoising)), "")
     index = _require_same_before(chain, changed, stage)
     found: list[Point] = []
-    parent = run(chain, shelf, folder, watch, free=free, observe=_watching(stage, step, found))
+    parent = run(chain, shelf, folder, watch, free=free, observe=_watching(stage, step, found, observe[0]))
     if not found:
         steps = sorted({images[0].step + 1 for images in parent.trail.get(stage, ())})
         raise BadInput(f"Stage {stage!r} can be forked after its steps {steps[0]} to {steps[-1]}, not after {step}.")
@@ -93,7 +94,7 @@ def fork(
     branch.result.forked = {
         "chain": chain.model_dump(mode="json"), "stage": stage, "step": step, "edited": edit is not None
     }  # fmt: skip
-    return Forked(parent, go_on(branch, shelf, folder, watch, free=free))
+    return Forked(parent, go_on(branch, shelf, folder, watch, free=free, observe=observe[1]))
 
 
 def _require_same_before(chain: Chain, changed: Chain, name: str) -> int:
@@ -112,18 +113,19 @@ def _require_same_before(chain: Chain, changed: Chain, name: str) -> int:
     return index
 
 
-def _watching(name: str, step: int, found: list[Point]) -> Callable[[Task], Any]:
+def _watching(name: str, step: int, found: list[Point], observe: Observe | None) -> Observe:
     """Observes a run and keeps where the stage stood after so many of its steps, the first time if it is repeated."""
 
     @contextmanager
-    def observe(task: Task) -> Iterator[Sequence[Hook]]:
+    def watching(task: Task) -> Iterator[Sequence[Hook]]:
         def look(passed: Step) -> None:
             if task.plan.stage.name == name and passed.index + 1 == step and not found:
                 found.append(passed.point)
 
-        yield [look]
+        with observe(task) if observe else nullcontext(()) as hooks:
+            yield [*hooks, look]
 
-    return observe
+    return watching
 
 
 def _before(parent: Result, names: Sequence[str], stage: str, step: int) -> Result:

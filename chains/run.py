@@ -79,10 +79,16 @@ def resume(
 
 
 def go_on(
-    saved: Saved, shelf: Shelf, folder: Path | None = None, watch: Watch | None = None, *, free: bool = False
+    saved: Saved,
+    shelf: Shelf,
+    folder: Path | None = None,
+    watch: Watch | None = None,
+    *,
+    free: bool = False,
+    observe: Observe | None = None,
 ) -> Result:
     """Run the rest of a chain from where it stands; arguments as of :func:`run`."""
-    return _run(saved.chain, shelf, folder, watch, free=free, since=saved)
+    return _run(saved.chain, shelf, folder, watch, free=free, observe=observe, since=saved)
 
 
 def _run(

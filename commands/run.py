@@ -72,10 +72,13 @@ def fork(
     ] = None,
     reseed: Annotated[int | None, typer.Option(help="Seed of the noise from there on.")] = None,
     latents: Annotated[Path | None, typer.Option(help="Latents to go on from there: a file of Latents.save.")] = None,
+    film: Annotated[Path | None, typer.Option(help="A page with both films, side by side; it is overwritten.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write into; nothing in it is overwritten.")] = Path("outputs"),
     progress: Progressing = True,
 ) -> None:
     """Run a chain, and once more from some step on with changes: two pictures, and both side by side."""
+    from ..chains.film.filming import Camera
+    from ..chains.film.page import require_html
     from ..chains.fork import fork as fork_run
     from ..chains.read import changed
     from ..core.errors import BadInput
@@ -88,12 +91,19 @@ def fork(
         raise BadInput(f"--at {at!r} is not of the form STEP or STAGE.STEP, e.g. 12 or {job.stages[0].name}.12.")
     other = changed(job, change or (), seed=reseed)
     edit = (lambda at_fork: Latents.load(latents, at_fork.x.device)) if latents is not None else None
+    cameras = (Camera(job), Camera(other)) if film is not None else ()
+    if film is not None:
+        require_html(film)
+    how: Any = {"edit": edit, "free": True, "observe": tuple(camera.observe for camera in cameras) or (None, None)}
     with told(output), bars(on=progress and err.is_terminal) as watch:
-        made = fork_run(job, other, shelf, int(step), stage or None, output, watch, edit=edit, free=True)
+        made = fork_run(job, other, shelf, int(step), stage or None, output, watch, **how)
     report(made.parent)
     report(made.branch)
     name = claim(output, "fork", ".png").with_suffix(".png")
     show(write_atomically(name, png(made.sheet())))
+    if film is not None:
+        parent, branch = (camera.film(shelf) for camera in cameras)
+        show(branch.save(film, parent))
 
 
 def report(result: "Result") -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from unrolled import __main__ as command
 from unrolled.chains.chain import Chain, ImageToImage, Stage, TextToImage
+from unrolled.chains.film.values import Film
 from unrolled.chains.fork import fork
 from unrolled.chains.outputs import Result
 from unrolled.chains.read import changed
@@ -143,8 +144,11 @@ def test_the_command(
         said = capsys.readouterr()
         return said.out + said.err
 
-    said = unrolled("--at", "2", "--change", "prompt=a house")
-    assert [Path(line).name for line in said.split()] == ["output_000.png", "output_001.png", "fork_000.png"]
+    page = tmp_path / "both.html"
+    said = unrolled("--at", "2", "--change", "prompt=a house", "--film", str(page))
+    assert [Path(line).name for line in said.split()] == ["output_000.png", "output_001.png", "fork_000.png", "both.html"]
+    (scene,) = Film.load(page).scenes
+    assert [frame.index for frame in scene.frames] == [2, 3]
     assert Image.open(tmp_path / "fork_000.png").width > 2 * 64
     assert "--at 'half' is not of the form STEP or STAGE.STEP, e.g. 12 or text-to-image.12." in unrolled("--at", "half")
     latents = (
