@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every GPU benchmark in under 9 minutes on one card: operations, one step, whole runs, scaling. A part that runs out of its
-# time leaves what it had; the others go on. Works from any checkout and any folder:
+# Every GPU benchmark in under 9 minutes on one card: operations, one step, whole runs, scaling with steps, batch and size. A
+# part that runs out of its time leaves what it had; the others go on. Works from any checkout and any folder:
 #
 #     benchmarks/all_gpu.sh [FOLDER]     # results go to benchmarks/results, or to FOLDER
 #
@@ -65,8 +65,10 @@ if [ $tune = yes ]; then
     fi
     exit $failed
 fi
-part 145 "$python" "$root/benchmarks/operations.py" --seconds 120 --output "$out/operations.json"
+part 135 "$python" "$root/benchmarks/operations.py" --seconds 110 --output "$out/operations.json"
 part 165 "$python" "$root/benchmarks/unet_step.py" --limit 140 --output "$out/unet_step.json"
-part 115 "$python" "$root/benchmarks/pipelines.py" --limit 95 --output "$out/pipelines.json"
+part 105 "$python" "$root/benchmarks/pipelines.py" --limit 85 --output "$out/pipelines.json"
+part 35 "$python" "$root/benchmarks/pipelines.py" --structures sd-1.5 --steps 10 20 50 --seconds 1 --limit 20 \
+    --output "$out/steps.json"
 part 95 "$python" "$root/benchmarks/unet_step.py" --scaling --limit 80 --seconds 1 --output "$out/scaling.json"
 exit $failed

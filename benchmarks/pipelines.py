@@ -4,8 +4,10 @@ Random weights, bfloat16, 30 Euler (Kandinsky: DDIM) steps with guidance, embedd
 1.5, SDXL base and Kandinsky run in diffusers' pipelines; the refiner and the upscalers, which need pictures, in our loop
 around diffusers' networks. Latency of one picture, peak memory, first run, and how far the latents are from diffusers'.
 
-    python benchmarks/pipelines.py           # writes results/pipelines.json
-    python benchmarks/pipelines.py --check   # tiny networks on the CPU: is the harness right?
+    python benchmarks/pipelines.py                    # writes results/pipelines.json
+    python benchmarks/pipelines.py --compile          # and torch.compile, which takes minutes a structure
+    python benchmarks/pipelines.py --steps 10 20 50   # time and memory against the steps, of two sides only
+    python benchmarks/pipelines.py --check            # tiny networks on the CPU: is the harness right?
 """
 
 from __future__ import annotations
@@ -16,13 +18,25 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from structures import STRUCTURES, VAES, conditioning, denoiser, network
-from timing import clocks, device_or_refuse, environment, first_call, floor_ms, interleaved, peak_memory, quantiles
+from timing import (
+    clocks,
+    device_or_refuse,
+    environment,
+    first_call,
+    floor_ms,
+    held_memory,
+    interleaved,
+    peak_memory,
+    quantiles,
+)
 from torch import Tensor
+from unet_step import COMPILED, OURS_COMPILED, with_xformers
 from unrolled.core.guidance import classifier_free
 from unrolled.core.latents import Latents, LatentSpace
 from unrolled.core.loop import denoise
@@ -41,6 +55,9 @@ SCHEDULER = {
 }  # fmt: skip
 
 ERRORS = ("error_against_fp32", "latents_from_diffusers", "pixels_from_pipeline")
+
+FAR = 0.5
+"""How far from diffusers' a run's latents may be before its time is not worth a line; of anything else they are 1.4 away."""
 
 Run = Callable[[], tuple[Tensor, Tensor | None]]
 
@@ -108,19 +125,19 @@ def in_our_loop(job: Job, dtype: torch.dtype | None = None) -> Run:
     return run
 
 
-def ours(job: Job, mode: Any, attention: Any, norms: Any) -> Run:
+def ours(job: Job, mode: Any, attention: Any, norms: Any, compiler: dict[str, Any] | None = None) -> Run:
     unet, vae = job.networks()
     optimise(unet, attention=attention, norms=norms)
     if vae is not None:
         optimise(vae, attention=attention, norms=norms)
-        captured_call(vae, mode=mode)
+        captured_call(vae, mode=mode, compiler=compiler)
     inner, (cond, uncond) = denoiser(job.name, unet), job.conditions(unet)
 
     def run() -> tuple[Tensor, Tensor | None]:
         if mode == "eager":
             guided, solver = classifier_free(prepared(inner, job.schedule), cond, uncond, SCALE), job.solver
         else:
-            made = captured(inner, cond, uncond, SCALE, job.schedule, job.solver, mode=mode)
+            made = captured(inner, cond, uncond, SCALE, job.schedule, job.solver, mode=mode, compiler=compiler)
             guided, solver = made.denoiser, made.solver
         x = denoise(guided, job.start(), job.schedule, solver).x
         with torch.no_grad():
@@ -129,8 +146,8 @@ def ours(job: Job, mode: Any, attention: Any, norms: Any) -> Run:
     return run
 
 
-def in_their_pipeline(job: Job) -> Run | None:
-    """diffusers' own pipeline, if it runs on embeddings alone."""
+def in_their_pipeline(job: Job, change: Callable[[Any], Any] = lambda unet: unet) -> Run | None:
+    """diffusers' own pipeline with its UNet changed so, if it runs on embeddings alone."""
     import diffusers
 
     if job.name not in ("sd-1.5", "sdxl-base", "kandinsky-2.2"):
@@ -157,6 +174,7 @@ def in_their_pipeline(job: Job) -> Run | None:
         vae.config.force_upcast = False  # both sides decode in bfloat16
         given = {"prompt_embeds": cond.context, "negative_prompt_embeds": uncond.context}
         given |= {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": uncond.pooled}
+    pipe.unet = change(unet)
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> tuple[Tensor, Tensor | None]:
@@ -168,21 +186,36 @@ def in_their_pipeline(job: Job) -> Run | None:
     return run
 
 
-def measure(job: Job, seconds: float) -> dict[str, Any]:
-    exact = None if job.device.type == "cuda" and job.steps > 10 else in_our_loop(job, torch.float32)()[0]
-    makers: dict[str, Callable[[], Run | None]] = {
-        "diffusers pipeline": lambda: in_their_pipeline(job),
+def sides(job: Job, compile_too: bool) -> dict[str, Callable[[], Run | None]]:
+    """Every side that this machine can run, by name; each makes its networks when it is called."""
+    found: dict[str, Callable[[], Run | None]] = {"diffusers pipeline": lambda: in_their_pipeline(job)}
+    if fault("xformers", job.device) is None:
+        found["diffusers pipeline + xformers"] = lambda: in_their_pipeline(job, with_xformers)
+    found |= {
         "diffusers networks in our loop": lambda: in_our_loop(job),
         "ours eager, sdpa": lambda: ours(job, "eager", "sdpa", "torch"),
         "ours graph, sdpa": lambda: ours(job, "graph", "sdpa", "torch"),
     }
-    if job.device.type == "cuda" and fault("triton", job.device) is None:
-        makers["ours graph, triton"] = lambda: ours(job, "graph", "triton", "triton")
+    cuda = job.device.type == "cuda"
+    if compile_too:
+        theirs, own = (COMPILED, OURS_COMPILED) if cuda else ({"backend": "eager"}, {"backend": "eager"})
+        found["diffusers pipeline compiled"] = lambda: in_their_pipeline(
+            job, lambda unet: torch.compile(unet.to(memory_format=torch.channels_last), **theirs)
+        )
+        found["ours compiled + graph, sdpa"] = lambda: ours(job, "compile+graph", "sdpa", "torch", own)
+    if cuda and fault("triton", job.device) is None:
+        found["ours graph, triton"] = lambda: ours(job, "graph", "triton", "triton")
+    return found
+
+
+def measure(job: Job, chosen: dict[str, Callable[[], Run | None]], seconds: float) -> dict[str, Any]:
+    exact = None if job.device.type == "cuda" and job.steps > 10 else in_our_loop(job, torch.float32)()[0]
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Run] = {}
     plain, picture = None, None
-    for name, make in makers.items():
+    for name, make in chosen.items():
         try:
+            before = held_memory(job.device)
             run = make()
             if run is None:
                 continue
@@ -194,15 +227,20 @@ def measure(job: Job, seconds: float) -> dict[str, Any]:
                 rows[name]["pixels_from_pipeline"] = float((pixels.float() - picture).abs().mean())
             if name == "diffusers networks in our loop":
                 plain = x.clone()
-            elif plain is not None and name != "diffusers pipeline":
+            elif plain is not None and "pipeline" not in name:
                 rows[name]["latents_from_diffusers"] = float((x - plain).norm() / plain.norm())
-            if exact is not None and name != "diffusers pipeline":
+            if exact is not None and "pipeline" not in name:
                 rows[name]["error_against_fp32"] = float((x - exact).norm() / exact.norm())
-            if (peak := peak_memory(run, job.device)) is not None:
+            if (peak := peak_memory(run, job.device, before)) is not None:
                 rows[name]["peak_gib"] = peak
-            ready[name] = run
-        except (RuntimeError, torch.OutOfMemoryError) as fault_:
-            rows[name] = {"refused": str(fault_).splitlines()[0]}
+            if not rows[name]["finite"]:
+                rows[name]["refused"] = "what comes out is not finite"
+            elif (away := rows[name].get("latents_from_diffusers", 0.0)) > FAR:
+                rows[name]["refused"] = f"{away:.1e} away from diffusers"
+            else:
+                ready[name] = run
+        except Exception as problem:  # whatever it is, it is this side's line; Triton's are no RuntimeErrors
+            rows[name] = {"refused": (str(problem) or type(problem).__name__).splitlines()[0]}
     floor = job.steps * floor_ms(2 * job.structure.tflop, job.structure.gigabytes) + floor_ms(
         VAE_TFLOP.get(job.name, 0), 0.1
     )
@@ -231,23 +269,29 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES))
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, nargs="+", default=[30])
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring for each structure")
     parser.add_argument("--limit", type=float, default=1e9, help="start no structure after so many seconds")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "pipelines.json")
     args = parser.parse_args()
     device = device_or_refuse(args.check)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     began = time.perf_counter()
     result: dict[str, Any] = {"what": "whole runs", "environment": environment(device), "jobs": [], "left_out": []}
-    for name in args.structures:
+    for name, steps in product(args.structures, [3] if args.check else args.steps):
         if time.perf_counter() - began > args.limit:
-            result["left_out"].append(name)
+            result["left_out"].append(f"{name}, {steps} steps")
             continue
-        job = Job(name, device, 3 if args.check else args.steps, args.check)
-        result["jobs"].append(measure(job, 0.0 if args.check else args.seconds))
+        job = Job(name, device, steps, args.check)
+        chosen = sides(job, args.compile)
+        if len(args.steps) > 1:
+            chosen = {n: make for n, make in chosen.items() if n in ("diffusers pipeline", list(chosen)[-1])}
+        result["jobs"].append(measure(job, chosen, 0.0 if args.check else args.seconds))
         show(result["jobs"][-1])
+        torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

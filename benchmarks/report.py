@@ -21,6 +21,9 @@ COMMANDS = {
     "unet_step": "benchmarks/unet_step.py",
     "compiled": "benchmarks/unet_step.py --structures sd-1.5 sdxl-base --compile --output benchmarks/results/compiled.json",
     "pipelines": "benchmarks/pipelines.py",
+    "compiled_pipelines": "benchmarks/pipelines.py --structures sd-1.5 sdxl-base --compile "
+    "--output benchmarks/results/compiled_pipelines.json",
+    "steps": "benchmarks/pipelines.py --structures sd-1.5 --steps 10 20 50 --output benchmarks/results/steps.json",
     "scaling": "benchmarks/unet_step.py --scaling",
     "cpu_unet": "benchmarks/cpu_unet.py",
 }
@@ -87,10 +90,10 @@ def pipelines(found: Result) -> Iterator[str]:
         base = job["sides"].get("diffusers pipeline", job["sides"].get("diffusers networks in our loop", {})).get("ms", {})
         for name, side in job["sides"].items():
             if "ms" not in side:
-                rows.append([f"{job['structure']}: {name}", side.get("refused", "not measured"), *[""] * 6])
+                rows.append([f"{job['structure']}: {name}", side.get("refused", "not measured"), *[""] * 7])
                 continue
             ms, middle = side["ms"], side["ms"]["q0.5"]
-            away = side.get("latents_from_diffusers")
+            away, apart = side.get("latents_from_diffusers"), side.get("pixels_from_pipeline")
             rows.append(
                 [
                     f"{job['structure']}, {job['pixels']} px, {job['steps']} steps: {name}",
@@ -99,11 +102,15 @@ def pipelines(found: Result) -> Iterator[str]:
                     f"{base['q0.5'] / middle:.2f}" if base else "",
                     f"{side['of_floor']:.0%}",
                     f"{away:.1e}" if away is not None else "",
+                    f"{apart:.1e}" if apart is not None else "",
                     f"{side['peak_gib']:.1f}" if "peak_gib" in side else "",
                     f"{side['first_run_s']:.1f}",
                 ]
             )
-    columns = ["run", "ms", "20–80 %", "times diffusers", "of floor", "latents away from diffusers", "peak GiB", "first s"]
+    columns = [
+        "run", "ms", "20–80 %", "times diffusers", "of floor", "latents away from diffusers", "pixels away", "peak GiB",
+        "first s",
+    ]  # fmt: skip
     yield table(columns, rows)
     yield from _left_out(found)
 
@@ -182,6 +189,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], Iterator[str]]]] = {
     "unet_step": ("One step of the UNet", unet_steps),
     "compiled": ("One step, with torch.compile", unet_steps),
     "pipelines": ("Whole runs", pipelines),
+    "compiled_pipelines": ("Whole runs, with torch.compile", pipelines),
+    "steps": ("Steps", pipelines),
     "scaling": ("Batch and resolution", scaling),
     "operations": ("Operations", operations),
     "tune": ("The fastest backend of an operation", tune),
@@ -200,55 +209,18 @@ def report(folder: Path, plots: Path | None = None) -> str:
             continue
         found = json.loads(file.read_text(encoding="utf-8"))
         parts += [machine(found) + "\n", *render(found)]
-        if plots is not None and (picture := plot(name, found, plots)):
+        if plots is not None and (picture := _picture(name, found, plots)):
             parts.append(f"![{title}]({plots.name}/{picture})\n")
     return "\n".join(parts)
 
 
-def plot(name: str, found: Result, folder: Path) -> str | None:
-    """Bars of times, or curves of scaling; None where there is nothing to draw."""
+def _picture(name: str, found: Result, folder: Path) -> str | None:
     try:
-        import matplotlib as mpl
+        from report_pictures import draw
     except ImportError:
         raise SystemExit("The plots need matplotlib: pip install matplotlib, or leave --output out for tables.") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    if name in ("unet_step", "compiled", "pipelines"):
-        jobs = [job for job in found["jobs"] if any("ms" in side for side in job["sides"].values())]
-        figure, grid = pyplot.subplots(len(jobs), 1, figsize=(8, 2.2 * len(jobs)), squeeze=False)
-        for axes, job in zip(grid[:, 0], jobs, strict=True):
-            sides = {n: s["ms"]["q0.5"] for n, s in job["sides"].items() if "ms" in s}
-            axes.barh(list(sides), list(sides.values()), color=["C0" if n.startswith("ours") else "C7" for n in sides])
-            axes.axvline(job["floor_ms"], color="C3", linestyle="--", label="floor")
-            axes.set_title(f"{job['structure']}, {job['pixels']} px", loc="left", fontsize=10)
-            axes.set_xlabel("ms")
-            axes.invert_yaxis()
-            axes.legend()
-    elif name == "scaling":
-        figure, grid = pyplot.subplots(1, 2, figsize=(10, 4), squeeze=False)
-        lines: dict[str, list[tuple[float, float, float | None]]] = {}
-        for job in found["jobs"]:
-            for side, row in job["sides"].items():
-                if "ms" in row:
-                    images = 2 * job["batch"] * job["pixels"] ** 2 / 2**20
-                    line = lines.setdefault(f"{job['structure']}, {side}", [])
-                    line.append((images, row["ms"]["q0.5"], row.get("peak_gib")))
-        for label, points in lines.items():
-            xs, times, peaks = zip(*sorted(points), strict=True)
-            grid[0, 0].loglog(xs, times, "o-", label=label)
-            grid[0, 1].semilogx(xs, [p or float("nan") for p in peaks], "o-", label=label)
-        for axes, what in zip(grid[0], ("ms a step", "peak GiB"), strict=True):
-            axes.set_xlabel("megapixels through the network (guidance counted)")
-            axes.set_ylabel(what)
-        grid[0, 0].legend(fontsize=7)
-    else:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    pyplot.close(figure)
-    return f"{name}.png"
+    picture: str | None = draw(name, found, folder)
+    return picture
 
 
 def main() -> None:

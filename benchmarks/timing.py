@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from unrolled.kernels.backends import doctor
 from unrolled.kernels.measured_table import installed
 
 QUANTILES = (0.2, 0.5, 0.8)
@@ -36,12 +37,13 @@ def device_or_refuse(check: bool) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Card, driver, libraries and clocks as they are now; none of it is changed."""
+    """Card, driver, libraries, backends of attention and clocks as they are now; none of it is changed."""
     found: dict[str, Any] = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in LIBRARIES},
         "cuda": torch.version.cuda,
+        "backends": doctor(),
         "load_average": os.getloadavg(),
     }
     if device.type == "cuda":
@@ -146,15 +148,27 @@ def quantiles(times: list[float]) -> dict[str, float]:
     return {f"q{q:g}": cuts[round(10 * q) - 1] for q in QUANTILES} | {"count": len(times)}
 
 
-def peak_memory(step: Step, device: torch.device) -> float | None:
-    """Gibibytes that torch had allocated at the worst moment of a call, weights and what others hold included."""
+def held_memory(device: torch.device) -> float:
+    """Gibibytes of the card that torch has and cannot give back."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return float(torch.cuda.memory_reserved() / 2**30)
+
+
+def peak_memory(step: Step, device: torch.device, before: float) -> float | None:
+    """Gibibytes of the card that torch has at the worst moment of a call, less those held before the side was made.
+
+    Reserved and not allocated: what a graph keeps for its intermediate results does not count as allocated in a replay.
+    """
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize()
+    held_memory(device)
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return float(torch.cuda.max_memory_allocated() / 2**30)
+    return float(torch.cuda.max_memory_reserved() / 2**30) - before
 
 
 def launches(step: Step, device: torch.device) -> dict[str, int] | None:

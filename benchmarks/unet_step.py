@@ -1,7 +1,8 @@
 """One guided step of every UNet at full size: ours in each mode against diffusers eager, with xformers, and compiled.
 
 Random weights, bfloat16, guidance as a batch of two, one Euler step. Every side has a network of its own with the same
-weights; all of a structure run interleaved in one process. Beside each time: its distance from float32, the fraction of
+weights; all of a structure run interleaved in one process, cuDNN choosing by trial for all. It is a step in the middle of a
+run: ours has the prompt's keys and values already, which whole runs (pipelines.py) pay for. Beside each time: its distance from float32, the fraction of
 the floor, the peak of memory, the first call's cost, and launches.
 
     python benchmarks/unet_step.py                                 # all structures; writes results/unet_step.json
@@ -30,6 +31,7 @@ from timing import (
     environment,
     first_call,
     floor_ms,
+    held_memory,
     interleaved,
     launches,
     peak_memory,
@@ -125,7 +127,7 @@ def sides(job: Job, compile_too: bool) -> dict[str, Callable[[], Step]]:
         "diffusers NHWC": lambda: diffusers_side(job, lambda unet: unet.to(memory_format=torch.channels_last)),
     }
     if fault("xformers", job.device) is None:
-        found["diffusers + xformers"] = lambda: diffusers_side(job, _with_xformers)
+        found["diffusers + xformers"] = lambda: diffusers_side(job, with_xformers)
     modes = [("eager", "sdpa"), ("graph", "sdpa")]
     if job.device.type == "cuda" and fault("triton", job.device) is None:
         modes += [("eager", "triton"), ("graph", "triton")]
@@ -145,7 +147,8 @@ def sides(job: Job, compile_too: bool) -> dict[str, Callable[[], Step]]:
     return found
 
 
-def _with_xformers(unet: Any) -> Any:
+def with_xformers(unet: Any) -> Any:
+    """The same network, its attention by xformers."""
     unet.enable_xformers_memory_efficient_attention()
     return unet
 
@@ -157,7 +160,7 @@ def measure(job: Job, chosen: dict[str, Callable[[], Step]], seconds: float) -> 
     ready: dict[str, Step] = {}
     for name, make in chosen.items():
         try:
-            held = torch.cuda.memory_allocated() if job.device.type == "cuda" else 0
+            before = held_memory(job.device)
             step = make()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
@@ -169,14 +172,14 @@ def measure(job: Job, chosen: dict[str, Callable[[], Step]], seconds: float) -> 
                 "notes": [str(note.message) for note in said],
                 "launches": launches(step, job.device),
             }
-            if (peak := peak_memory(step, job.device)) is not None:
-                rows[name]["peak_gib"] = peak - held / 2**30
+            if (peak := peak_memory(step, job.device, before)) is not None:
+                rows[name]["peak_gib"] = peak
             if error > (TOLERANCE if job.dtype == torch.bfloat16 else 1e-4):
                 rows[name]["refused"] = f"{error:.1e} away from float32"
             else:
                 ready[name] = step
-        except (RuntimeError, torch.OutOfMemoryError) as fault:
-            rows[name] = {"refused": str(fault).splitlines()[0]}
+        except Exception as problem:  # whatever it is, it is this side's line; Triton's are no RuntimeErrors
+            rows[name] = {"refused": (str(problem) or type(problem).__name__).splitlines()[0]}
             _free(job.device)
     # Where the work lies in the network, it grows with batch and area; the attention, a tenth of it, faster.
     share = 2 * job.batch * (job.side / job.structure.latents) ** 2

@@ -35,11 +35,19 @@ def test_without_a_card_they_refuse_in_one_sentence(script: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [["unet_step.py", "--compile"], ["unet_step.py", "--scaling"], ["pipelines.py"]], ids=str)
+@pytest.mark.parametrize(
+    "script", [["unet_step.py", "--compile"], ["unet_step.py", "--scaling"], ["pipelines.py", "--compile"]], ids=str
+)
 def test_the_harness(script: list[str]) -> None:
     done = run(*script, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ours graph, sdpa" in done.stdout
+
+
+def test_every_result_says_which_attention_ran() -> None:
+    script = "import torch; from timing import environment; print(environment(torch.device('cpu'))['backends']['sdpa'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert re.search(r"in bfloat16 \w+; the default", done.stdout), done.stderr
 
 
 def step_result(refused: bool = False) -> dict[str, Any]:
@@ -87,13 +95,29 @@ def test_the_report_of_operations(tmp_path: Path) -> None:
     cases = [case | {"again_ms": {"triton (128, 64, 4, 3)": 0.1, "sdpa": 0.2}}]
     cases += [case | {"case": "VAE", "best": None, "again_ms": {"sdpa": 0.3}}]
     (tmp_path / "tune.json").write_text(json.dumps(found | {"cases": cases, "left_out": ["geglu, SDXL"]}))
-    page = run("report.py", "--results", tmp_path).stdout
+    done = run("report.py", "--results", tmp_path, "--output", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert re.findall(r"\]\((.*?)\)", page) == ["page/operations.png"]
+    assert (tmp_path / "page" / "operations.png").stat().st_size > 1000, done.stderr
     assert "| SDXL: triton | 200.0 | 100.0–300.0 | 400 TFLOP/s | 50% | 2.0e-03 |" in page
     assert "| SDXL: sdpa (cudnn_attention) | 200.0 |" in page
     assert "| VAE: xformers | not measured |" in page
     assert "| attention, SDXL | (128, 64, 4, 3) | 100.0 | 200.0 |  |  |" in page
     assert "| attention, VAE |  | none was right | 300.0 |  |  |" in page
     assert "Not measured, for want of time: geglu, SDXL." in page
+
+
+def test_the_report_of_steps(tmp_path: Path) -> None:
+    found = step_result()
+    (job,) = found["jobs"]
+    for side in job["sides"].values():
+        side["first_run_s"] = side.pop("first_call_s")
+    found["jobs"] = [job | {"steps": steps} for steps in (50, 10)]
+    (tmp_path / "steps.json").write_text(json.dumps(found))
+    run("report.py", "--results", tmp_path, "--output", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| sd-1.5, 512 px, 50 steps: ours graph | 5 | 4–6 |" in page
+    assert (tmp_path / "page" / "steps.png").stat().st_size > 1000
 
 
 def test_a_side_that_could_not_run_is_a_line_that_says_why(tmp_path: Path) -> None:
