@@ -44,12 +44,14 @@ class Kept:
         point: where it stood after them.
         marks: of those steps, of every image.
         pictures: that it made, if all of its steps are known and they were asked for.
+        notes: that were made on the way, from its first step on.
     """
 
     count: int
     point: Point
     marks: list[list[Mark]]
     pictures: list[Image.Image]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,22 @@ class Cache:
                 return kept
         return None
 
-    def put(self, keys: Keys, points: Sequence[Point], marks: Sequence[Sequence[Mark]], pictures: list[Image.Image]) -> None:
+    def put(
+        self,
+        keys: Keys,
+        points: Sequence[Point],
+        marks: Sequence[Sequence[Mark]],
+        pictures: Sequence[Image.Image],
+        notes: Sequence[str] = (),
+    ) -> None:
         """Keep what a stage made; a full disk is no fault here.
 
         Args:
             points: where it stood after each of its steps, but for the first ones if those were known.
             marks: of all of its steps.
+            notes: that were made on the way.
         """
-        data = _written(keys.steps, points, marks, pictures)
+        data = _written(keys.steps, points, marks, pictures, notes)
         if len(data) <= self.limit:
             with suppress(CannotWrite):
                 write_atomically(self.folder / keys.setting / f"{keys.steps[-1]}.safetensors", data)
@@ -97,13 +107,13 @@ class Cache:
         """How many of the stage's first steps a file has."""
         try:
             with safe_open(path, framework="pt") as file:
-                steps = json.loads(file.metadata()["steps"])
+                steps = _told(file)["steps"]
             same = [
                 step for step, _ in takewhile(lambda pair: pair[0]["key"] == pair[1], zip(steps, keys.steps, strict=False))
             ]
             return max((i for i, step in enumerate(same, 1) if step["latents"]), default=0)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            path.unlink(missing_ok=True)
+            _drop(path)
             return 0
 
     def _make_room(self) -> None:
@@ -112,13 +122,13 @@ class Cache:
         for path, state in files:
             if total <= self.limit:
                 return
-            path.unlink(missing_ok=True)
+            _drop(path)
             total -= state.st_size
             with suppress(OSError):
                 path.parent.rmdir()
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.folder.glob("*/*.safetensors"):
+        for path in self.folder.glob("*/*"):  # what killed processes left half written too
             with suppress(OSError):  # another process may have removed it
                 yield path, path.stat()
 
@@ -141,7 +151,11 @@ def foreseen(cache: Cache, chain: Chain, plans: Sequence[StagePlan], shelf: Shel
 
 
 def _written(
-    keys: Sequence[str], points: Sequence[Point], marks: Sequence[Sequence[Mark]], pictures: Sequence[Image.Image]
+    keys: Sequence[str],
+    points: Sequence[Point],
+    marks: Sequence[Sequence[Mark]],
+    pictures: Sequence[Image.Image],
+    notes: Sequence[str],
 ) -> bytes:
     """A file of all of it; what several steps remember alike is in it once."""
     tensors = dict[str, Tensor]()
@@ -160,15 +174,25 @@ def _written(
     whole = [*[None] * (len(keys) - len(points)), *points]
     steps = [kept(point) | {"key": key, "marks": images} for key, point, images in zip(keys, whole, marks, strict=True)]
     shown = [keep(torch.from_numpy(np.array(picture))) for picture in pictures]
-    data: bytes = save(tensors, {"steps": json.dumps(steps), "pictures": json.dumps(shown)})
+    told = json.dumps({"steps": steps, "pictures": shown, "notes": list(notes)})
+    data: bytes = save(tensors, {"told": told, "digest": digest(told.encode())})
     return data
+
+
+def _told(file: Any) -> dict[str, Any]:
+    """What a file says of its tensors; KeyError, TypeError or ValueError if it is damaged."""
+    held = file.metadata()
+    if digest(held["told"].encode()) != held["digest"]:
+        raise ValueError("the digest is another one")
+    told: dict[str, Any] = json.loads(held["told"])
+    return told
 
 
 def _read(path: Path, count: int, whole: int) -> Kept | None:
     """What a file has after so many steps; None, and no file any more, if that is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = {name: json.loads(value) for name, value in file.metadata().items()}
+            told = _told(file)
 
             def tensor(name: str) -> Tensor:
                 found: Tensor = file.get_tensor(name)
@@ -179,12 +203,19 @@ def _read(path: Path, count: int, whole: int) -> Kept | None:
             step = told["steps"][count - 1]
             latents = unpacked(lambda part: tensor(step["names"][part]), step["latents"])
             marks = [[Mark(*mark) for mark in step["marks"]] for step in told["steps"][:count]]
-            shown = told["pictures"] if count == whole else []
+            # A run that is stopped earlier has made no pictures of those of the one that went on.
+            shown = told["pictures"] if count == whole == len(told["steps"]) else []
             pictures = [Image.fromarray(tensor(name).numpy()) for name in shown]
-        return Kept(count, Point(latents, step["step"]), marks, pictures)
+        return Kept(count, Point(latents, step["step"]), marks, pictures, told["notes"])
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError):
-        path.unlink(missing_ok=True)
+        _drop(path)
         return None
+
+
+def _drop(path: Path) -> None:
+    """Remove a file, unless another process has, or it may not be: then it stays."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def _digest_of(tensor: Tensor) -> str:

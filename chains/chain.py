@@ -103,6 +103,7 @@ class Denoising(Named):
     stop: Cut | None = None
     clip_skip: int = Field(0, ge=0)
     chunks: bool = False
+    prompt_weights: bool = False
     tiled: bool | None = None
     faithful: bool = False
 
@@ -115,6 +116,11 @@ class Denoising(Named):
         if not isinstance(listed, list | tuple):
             return values
         return values | {"steps": max(1, len(listed) - (listed[-1] == 0 and "timesteps" not in values))}
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All that it is told in words."""
+        return tuple(p for p in (self.prompt, self.prompt_2, self.negative_prompt, self.negative_prompt_2) if p)
 
     @property
     def borrowed(self) -> dict[str, str]:

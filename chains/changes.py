@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core.checkpoint import fingerprint_of, layer_shapes
 from ..core.loading import Model, Shelf
-from ..core.lora import PARTS, lora, read_lora
+from ..core.lora import PARTS, lora, peft_config, read_lora
 from ..core.source import Source, find_file
 from ..core.textual_inversion import read_vectors, textual_inversion
 from ..core.weights import has_weights
@@ -41,8 +41,10 @@ class Changes:
             yield
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests of the files, by names that no component of a model has."""
+        """Digests of the files, by names that no component of a model has; PEFT's LoRAs are of two each."""
         found = {f"lora {i}": fingerprint_of(file) for i, (file, _) in enumerate(self.loras, 1)}
+        configs = {f"lora {i}, config": peft_config(file) for i, (file, _) in enumerate(self.loras, 1)}
+        found |= {name: fingerprint_of(file) for name, file in configs.items() if file.is_file()}
         return found | {f"embedding {word}": fingerprint_of(file) for word, file in self.words.items()}
 
 

@@ -50,6 +50,7 @@ def findings(chain: Chain, plans: Sequence[StagePlan]) -> list[Finding]:
             part = Part(chain, plan, plan.run, given, plan.stage, by_name[before.name] if before else None, held)
             said += [one for check in CHECKS for one in check(part)]
         said += idle[given.name]
+        said += _bracketed(plans, index)
         said += _wasted(chain, plans, index)
         found += [Finding(severity, given.name, sentence) for severity, sentence in said]
     return found
@@ -174,6 +175,23 @@ def _taken(chain: Chain, index: int) -> Stage | None:
     stage = chain.stages[index]
     from_file = isinstance(stage, FromPicture) and (stage.image or stage.latents)
     return None if from_file or isinstance(stage, TextToImage) else chain.before(index)
+
+
+def _bracketed(plans: Sequence[StagePlan], index: int) -> Iterator[Said]:
+    """The first prompt whose brackets somebody may have meant as weights."""
+
+    def as_text(plan: StagePlan) -> bool:
+        stage = plan.stage
+        if not isinstance(stage, Denoising) or stage.prompt_weights or plan.prior is not None:
+            return False
+        return any(bracket in prompt for prompt in stage.prompts for bracket in "([")
+
+    if as_text(plans[index]) and not any(map(as_text, plans[:index])):
+        yield (
+            "note",
+            "the brackets of its prompt are encoded as they stand, as diffusers does: prompt_weights = true reads "
+            "(word:1.3) and [word] as weights, as AUTOMATIC1111's web UI does.",
+        )
 
 
 def _wasted(chain: Chain, plans: Sequence[StagePlan], index: int) -> Iterator[Said]:

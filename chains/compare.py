@@ -68,7 +68,7 @@ def compare(one: Path, other: Path) -> Compared:
             for stage in ours
             for a, b in zip(ours[stage], theirs.get(stage, ()), strict=False)
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{one} and {other} cannot be compared ({error}): one is of another version.") from error
     pixels, sheet = _seen(_picture(one), _picture(other), (one.name, other.name))
     return Compared(settings, tuple(changes(*facts)), steps, pixels, sheet)

@@ -9,6 +9,7 @@ from ..core.errors import BadInput
 from ..core.source import Source
 from ..schedulers.config import read_scheduler
 from ..stages.pictures import read_picture
+from ..stages.weights import parse_weights
 from .chain import Denoising, Inpaint, PriorOptions, Upscale
 
 
@@ -18,6 +19,8 @@ def require_fit(stage: Denoising, source: Source) -> None:
         raise BadInput(wrong)
     for option in _idle(stage, source):
         raise BadInput(f"{option} has no effect with {stage.model}: leave it out, or take another model.")
+    for prompt in stage.prompts if stage.prompt_weights else ():
+        parse_weights(prompt)
 
 
 def require_prior(stage: Denoising, prior: Source | None, folder: Path) -> None:
@@ -60,6 +63,7 @@ def _idle(stage: Denoising, source: Source) -> Iterator[str]:
         "negative_prompt_2": (stage.negative_prompt_2, two),
         "clip_skip": (stage.clip_skip, source.system != "kandinsky"),
         "chunks": (stage.chunks, source.system != "kandinsky"),
+        "prompt_weights": (stage.prompt_weights, source.system != "kandinsky"),
         "embeddings": (stage.embeddings, source.system != "kandinsky"),
         "control": (stage.control, source.system in ("sd", "sdxl")),
         "image_prompt": (stage.image_prompt, source.system in ("sd", "sdxl")),

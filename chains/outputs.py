@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +89,19 @@ def write(
     folder: Path,
     stem: str = "output",
     announce: Callable[[str], object] = lambda name: None,
+    before: Sequence[Path] = (),
 ) -> None:
-    """Write what the chain asks for, one set of files per image; nothing is overwritten, and names are announced first."""
+    """Write what the chain asks for, one set of files per image; nothing is overwritten, and names are announced first.
+
+    Args:
+        before: names of sets, without endings, that a killed process announced: images that are whole there stay.
+    """
     for index, (seed, picture) in enumerate(zip(chain.seeds(), result.pictures, strict=True)):
-        name = claim(folder, stem, ".json", announce)
         facts = manifest(chain, index, result, machine)
+        if (name := next((name for name in before if _is_of(name, facts)), None)) is not None:
+            result.files += sorted(file for file in folder.glob(f"{name.name}[.-]*") if file.suffix != ".json")
+            continue
+        name = claim(folder, stem, ".json", announce)
         text = parameters(chain, seed, picture.size)
         try:
             for ending in chain.formats:
@@ -106,8 +114,18 @@ def write(
             write_atomically(f"{name}.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
         except BaseException:
             if not Path(f"{name}.json").stat().st_size:
-                Path(f"{name}.json").unlink()
+                for file in folder.glob(f"{name.name}[.-]*"):
+                    file.unlink()
             raise
+
+
+def _is_of(name: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a set of files is whole, which its .json says that is written last, and of an image of these facts."""
+    try:
+        told = json.loads(name.with_name(f"{name.name}.json").read_text(encoding="utf-8"))
+        return all(told[key] == json.loads(json.dumps(facts[key])) for key in ("chain", "made_in", "trail", "pixels"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def sheet(result: Result, index: int = 0, high: int | None = None) -> Image.Image:

@@ -79,7 +79,8 @@ class StagePlan:
         """Whether pictures or latents go into it from files."""
         stage = self.stage
         named = isinstance(stage, FromPicture) and (stage.image or stage.latents or isinstance(stage, Inpaint))
-        return bool(named or (isinstance(stage, Denoising) and (stage.control or stage.image_prompt)))
+        mixed = isinstance(stage, Denoising) and stage.prior and any(part.image for part in stage.prior.mix)
+        return bool(named or mixed or (isinstance(stage, Denoising) and (stage.control or stage.image_prompt)))
 
     @property
     def on_disk(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..core.conditioning import Conditioning
@@ -28,8 +29,9 @@ def encode_prompts(model: Model, spec: Denoising, size: tuple[int, int]) -> Pair
         BadInput: the model is Kandinsky's, whose prompts go through its prior (:func:`prior_embeds`).
     """
     # Clip skip is the prompt's alone, as in diffusers.
-    cond = encode_text(model, spec.prompt, prompts_2=spec.prompt_2, clip_skip=spec.clip_skip, chunks=spec.chunks)
-    uncond = encode_text(model, spec.negative_prompt, prompts_2=spec.negative_prompt_2, chunks=spec.chunks)
+    encode = partial(encode_text, model, chunks=spec.chunks, weights=spec.prompt_weights)
+    cond = encode(spec.prompt, prompts_2=spec.prompt_2, clip_skip=spec.clip_skip)
+    uncond = encode(spec.negative_prompt, prompts_2=spec.negative_prompt_2)
     if model.system != "sdxl":
         return cond, uncond
     towards = spec.size or SizeConditioning()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import BadChain, closest
 from .chain import KINDS, STAGE, Chain, Named, Stage, stage_names
 
-_FILES = ("image", "latents", "mask", "lora", "embeddings")
+_FILES = ("image", "latents", "mask", "lora", "embeddings", "control", "image_prompt")
 PACKAGED = Path(__file__).parent
 """The chain files that come with the package."""
 

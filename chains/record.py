@@ -80,7 +80,7 @@ class Machine(NamedTuple):
     @classmethod
     def read(cls, told: Mapping[str, Any]) -> Machine:
         """What :meth:`told` said; KeyError, TypeError, AttributeError or RuntimeError if that is not what this is."""
-        return cls(**dict(told) | {"device": torch.device(told["device"]), "dtype": getattr(torch, told["dtype"])})
+        return cls(**dict(told) | {"device": torch.device(told["device"]), "dtype": dtype_of(told["dtype"])})
 
 
 def manifest(chain: Chain, index: int, result: Result, machine: Machine) -> dict[str, Any]:
@@ -183,8 +183,16 @@ def _quoted(value: object) -> str:
     return json.dumps(text) if any(mark in text for mark in ",:\n") else text
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """By its name; AttributeError or TypeError if there is none of that name."""
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return found
+
+
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's, with the instructions of it that torch uses: sums are rounded otherwise by others."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

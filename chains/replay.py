@@ -19,7 +19,7 @@ from .chain import Chain, Denoising
 from .fork import fork
 from .outputs import Result
 from .read import PACKAGED
-from .record import Machine, manifest, read_manifest
+from .record import Machine, dtype_of, manifest, read_manifest
 from .run import run
 from .runner import Watch
 from .trail import Trail, distance, picture_digest, read_trail
@@ -93,11 +93,13 @@ def replay(
     Raises:
         BadInput: nothing in the file says how it was made, or what went in is not there.
     """
-    before = read_manifest(path)
+    before = _moved(read_manifest(path), inputs or path.parent)
     try:
         made_in, machine = before["made_in"], _machine(before)
         chain = Chain.model_validate(before["chain"] | {"seed": made_in["seed"], "batch": made_in["batch"]})
         index, trail = int(made_in["index"]), read_trail(before["trail"])
+        if not 0 <= index < chain.batch:
+            raise ValueError(f"picture {index} of {chain.batch}")
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
         said = str(error).splitlines()[0]
         raise BadInput(f"What {path} says of how it was made cannot be used ({said}): it is of another version.") from error
@@ -164,17 +166,32 @@ def _named(key: str, name: str, was: object, now: object) -> Iterator[str]:
 
 def _machine(facts: Mapping[str, Any]) -> Machine:
     """What the picture was made on, as far as it is here."""
-    dtype: torch.dtype = getattr(torch, facts["dtype"])
     device = torch.device("cuda" if torch.cuda.is_available() and facts.get("threads") is None else "cpu")
     how = (facts["variant"], facts["revision"], facts["attention"], facts["fast"])
-    return Machine(device, dtype, facts["models_from"], *how)
+    return Machine(device, dtype_of(facts["dtype"]), facts["models_from"], *how)
+
+
+def _moved(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With bare names in place of absolute ones that are not there, for files that lie in a folder now."""
+    here = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+    def moved(told: Any) -> Any:
+        if isinstance(told, dict):
+            return {moved(key): moved(value) for key, value in told.items()}
+        if isinstance(told, list):
+            return [moved(part) for part in told]
+        gone = isinstance(told, str) and (path := Path(told)).is_absolute() and path.name in here and not path.exists()
+        return Path(told).name if gone else told
+
+    return facts | {key: moved(facts[key]) for key in ("chain", "forked", "inputs") if key in facts}
 
 
 def _folder(chain: Chain, path: Path, given: Path | None) -> Path:
     """Where all pictures and latents are that go into a chain, and as many of its adapters as are in one such place."""
     stages = [stage for stage in chain.stages if isinstance(stage, Denoising)]
     named = [getattr(stage, key, None) for stage in stages for key in ("image", "mask", "latents")]
-    named += [told.image for stage in stages for told in (*stage.control, stage.image_prompt) if told is not None]
+    beside = ((*stage.control, stage.image_prompt, *(stage.prior.mix if stage.prior else ())) for stage in stages)
+    named += [told.image for several in beside for told in several if told is not None]
     names = [name for name in named if name]
     adapters = [name for stage in stages for name in (*(told.file for told in stage.lora), *stage.embeddings.values())]
     places = [given] if given is not None else [path.parent, path.parent.parent, Path.cwd(), PACKAGED]

@@ -47,6 +47,8 @@ def run(
     """
     if save_every < 0:
         raise BadInput(f"A run is saved every so many steps, 0 for never, not every {save_every}.")
+    if save_every and folder is None:
+        raise BadInput("A run is saved in the folder that it writes into: give one, or leave save_every out.")
     how: Any = {"free": free, "sources": sources, "observe": observe, "save_every": save_every, "cache": cache}
     return _run(chain, shelf, folder, watch, **how)
 
@@ -119,7 +121,8 @@ def _run(
             runner.save()
         result = runner.run()
         if folder is not None:
-            write(chain, result, Machine.of(shelf), folder, announce=runner.announce)
+            before = [folder / name for name in since.claimed] if since else []
+            write(chain, result, Machine.of(shelf), folder, announce=runner.announce, before=before)
         runner.done()
         return result
     except BaseException as error:

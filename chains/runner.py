@@ -18,6 +18,7 @@ from ..core.loop import Point, Step
 from ..core.noise import NoiseSource
 from ..stages import finish
 from ..stages.decode import decode
+from ..stages.pictures import read_picture
 from . import jobs
 from .cache import Cache
 from .chain import Chain, Denoising, Inpaint, Resize, Sharpen, Stage
@@ -73,8 +74,8 @@ class Runner:
         self.last = self.since.point if self.since else None
         self.model: Model | None = None
         self.start: Point | None = None
-        self.claimed = list[str]()
-        self.passed, self.settled = list[Point](), 0
+        self.claimed = list(self.since.claimed) if self.since else []
+        self.passed, self.settled, self.heard = list[Point](), 0, 0
 
     def run(self) -> Result:
         """Every stage in order, but for those that are there already."""
@@ -121,6 +122,7 @@ class Runner:
         if not whole or item.reads_files or (isinstance(item.stage, Inpaint) and not kept.pictures):
             return None
         assert item.source is not None
+        self.result.notes += kept.notes
         brought = {**item.changes.fingerprints(), **item.companions.fingerprints()}
         self.result.models[self.name] = weights_of(item.source) | brought
         if item.prior is not None:
@@ -131,13 +133,15 @@ class Runner:
         """Put what a stage made into the cache."""
         self.settle()
         if self.cache is not None and keys is not None and self.passed:
-            self.cache.put(keys, self.passed, self.result.trail[self.name], output.made)
+            notes = self.result.notes[self.heard :]
+            self.cache.put(keys, self.passed, self.result.trail[self.name], output.made, notes)
         self.passed.clear()
         self.settled = 0
 
     def stage(self, index: int, before: Output | None) -> Output:
         """What one stage makes of what it is handed."""
         item, stage, stream = self.plans[index], self.chain.stages[index], stream_of(self.chain, index)
+        self.heard = len(self.result.notes)
         if not isinstance(stage, Denoising) or item.source is None:
             return self.finished(stage, before)
         prompts = self.prior_embeds(index, stream)
@@ -206,6 +210,9 @@ class Runner:
         if item.prior is None or not isinstance(item.stage, Denoising):
             return None
         self.free(self.plans[index:], self.plans[index:])
+        for part in item.stage.prior.mix if item.stage.prior else ():
+            if part.image is not None:
+                self.result.inputs[part.image] = read_picture(self.chain.folder / part.image)
         prior = self.shelf.load_prior(item.prior)
         self.result.models[f"{item.stage.name}, prior"] = dict(prior.fingerprints)
         return prior_embeds(prior, item.stage, self.seeds, stream, self.chain.folder, self.sources and self.sources())

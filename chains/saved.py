@@ -90,6 +90,8 @@ class Saved:
                 point = None
                 if run["step"] is not None:
                     point = Point(unpacked(file.get_tensor, json.loads(metadata["latents"])), run["step"])
+                if any(Path(name).name != name for name in run["claimed"]):
+                    raise ValueError("its outputs lie elsewhere")
                 return cls(
                     Chain.model_validate(run["chain"] | {"folder": Path(run["folder"])}),
                     Machine.read(run["machine"]),
@@ -98,7 +100,7 @@ class Saved:
                     _unpacked(file.get_tensor, run),
                     tuple(run["claimed"]),
                 )
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, ValidationError) as error:
             said = str(error).splitlines()[0]
             raise BadInput(f"{path} is damaged and cannot be gone on from ({said}): run the chain again.") from error
 

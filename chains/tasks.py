@@ -88,6 +88,8 @@ def _common(task: Task) -> _Common:
 def _image_to_image(task: Task, stage: ImageToImage) -> Latents:
     if task.since is not None and stage.start == "strength":
         latents = task.since.latents
+        if stage.image is not None:
+            _pictures(task, stage)  # it went in all the same, and the manifest tells of it
     else:
         latents = _clean(task, stage) if stage.start == "strength" else _noisy(task, stage)
     streams = [task.stream, *(f"{task.stream}/{count}" for count in range(1, stage.repeat))]

@@ -91,9 +91,8 @@ def _unlooked(chain: Chain, plans: Sequence[StagePlan], index: int, given: Denoi
         yield "guidance_batched", "guidance is off, so there is one pass only; leave it out"
     if given.tiled is not None and plan.stage.name not in pictures_wanted(chain, plans):
         yield "tiled", "what it makes is handed on as latents and never decoded; leave it out"
-    prompts = (given.prompt, given.prompt_2, given.negative_prompt, given.negative_prompt_2)
     for word in given.embeddings:
-        if not any(says(prompt, word) for prompt in prompts if prompt):
+        if not any(says(prompt, word) for prompt in given.prompts):
             yield f"embeddings.{word}", "none of its prompts has that word; leave it out"
     yield from unused(given, plan.run) if plan.run else ()
     if isinstance(given, FromPicture):

@@ -109,6 +109,16 @@ def test_the_note_of_kernels_is_the_one_that_is_seen() -> None:
     assert quote.replace("\n", " ").replace("> ", "").strip() in {str(note.message) for note in said}
 
 
+def test_the_weighted_prompt_is_encoded() -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "weights=True" in block)
+    names: dict[str, Any] = {"sd": unrolled.load("sd-1.5", device="cpu"), "encode_text": unrolled.encode_text}
+    exec(block, names)
+    plain = unrolled.encode_text(names["sd"], "a castle at night, people").context
+    assert plain is not None
+    assert not torch.equal(names["cond"].context, plain)
+
+
 def test_the_costs_of_steps_are_those_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())["solvers"]
     text = (ROOT / "docs" / "solvers.md").read_text()
@@ -152,7 +162,8 @@ def test_every_key_of_a_table_is_documented(kind: type[BaseModel]) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in (".", "miniatures", "examples")))
+    folders = (".", "miniatures", "examples", "notebooks")
+    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / folder / "README.md" for folder in folders))
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:

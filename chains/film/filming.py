@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 from ...core.loading import Shelf
 from ...core.loop import Step
@@ -96,7 +97,8 @@ def _heat(task: Task, stage: Denoising, words: Sequence[str]) -> Heat | None:
 
 
 def _positions(model: Model, stage: Denoising, word: str) -> list[int]:
-    places = (token_positions(model, stage.prompt, *span, chunks=stage.chunks) for span in spans(stage.prompt, word))
+    where = partial(token_positions, model, stage.prompt, chunks=stage.chunks, weights=stage.prompt_weights)
+    places = (where(*span) for span in spans(stage.prompt, word))
     return sorted({position for place in places for position in place})
 
 
