@@ -8,6 +8,7 @@ import sys
 import typer
 
 from .commands.compare import diff, replay
+from .commands.diagnose import diagnose
 from .commands.film import film
 from .commands.options import say
 from .commands.plan import doctor, models, plan
@@ -17,7 +18,7 @@ from .core.errors import OutOfMemory, UnrolledError
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="The diffusion pipeline, unrolled."
 )
-for command in (run, resume, fork, film, replay, diff, plan, models, doctor):
+for command in (run, resume, fork, film, replay, diff, diagnose, plan, models, doctor):
     app.command()(command)
 
 

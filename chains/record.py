@@ -192,7 +192,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's, with the instructions of it that torch uses: sums are rounded otherwise by others."""
+    """The GPU's name, or the processor's and the instructions of it that torch uses: by others sums are rounded otherwise."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

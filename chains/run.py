@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import BadInput, OutOfMemory
-from ..core.files import require_writable
+from ..core.files import held, require_writable
 from ..core.loading import Shelf
 from .cache import Cache
 from .chain import Chain, FromPicture
@@ -71,13 +71,17 @@ def resume(
     Further arguments as of :func:`run`.
 
     Raises:
-        BadInput: there is no saved run, or it is damaged; BadModel: the weights are no longer those it was begun with.
+        BadInput: there is no saved run, it is damaged, or still under way; BadModel: the weights are no longer those it was
+            begun with.
     """
     path = find_saved(where)
     saved = Saved.load(path)
-    saved.sweep(path)
-    how: Any = {"free": free, "observe": observe, "save_every": save_every, "since": saved, "path": path}
-    return _run(saved.chain, shelf or saved.machine.shelf(), path.parent, watch, **how)
+    if (at := held(path)) is None:
+        raise BadInput(f"The run in {path} is still under way: wait for it, or stop it first.")
+    with at:
+        saved.sweep(path)
+        how: Any = {"free": free, "observe": observe, "save_every": save_every, "since": saved, "path": path}
+        return _run(saved.chain, shelf or saved.machine.shelf(), path.parent, watch, **how)
 
 
 def go_on(

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from ..core.errors import BadInput, BadModel
-from ..core.files import claim
+from ..core.files import claim, held
 from ..core.latents import Latents
 from ..core.loading import Model, Shelf
 from ..core.loop import Point, Step
@@ -74,6 +75,7 @@ class Runner:
         self.last = self.since.point if self.since else None
         self.model: Model | None = None
         self.start: Point | None = None
+        self.held: BinaryIO | None = None
         self.claimed = list(self.since.claimed) if self.since else []
         self.passed, self.settled, self.heard = list[Point](), 0, 0
 
@@ -247,8 +249,16 @@ class Runner:
         self.settle()
         if self.path is None:
             self.path = claim(self.folder, STEM, ".safetensors").with_suffix(".safetensors")
+            self.hold(self.path)
         machine = Machine.of(self.shelf)
         Saved(self.chain, machine, self.name, self.last, self.result, tuple(self.claimed)).save(self.path)
+        self.hold(self.path)
+
+    def hold(self, path: Path | None) -> None:
+        """Have other processes know that this run is under way, by the file that it is saved in; None if it is not."""
+        before, self.held = self.held, held(path) if path else None
+        if before:
+            before.close()
 
     def announce(self, name: str) -> None:
         """Have the run's file say which outputs it is about to write, so that what is half written can be told apart."""
@@ -260,12 +270,17 @@ class Runner:
         """There is nothing to go on with any more."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+        self.hold(None)
 
     def rescue(self) -> None:
         """Write what is there before an error goes on up; a further error must not hide the first."""
-        if self.folder is None:
-            return
-        rescue(self.chain, self.result, Machine.of(self.shelf), self.folder)
+        if self.folder is not None:
+            self.rescue_into(self.folder)
+        self.hold(None)
+
+    def rescue_into(self, folder: Path) -> None:
+        """The same, for a run that writes files."""
+        rescue(self.chain, self.result, Machine.of(self.shelf), folder)
         if self.last is not None or self.result.outputs:
             with suppress(Exception):
                 try:

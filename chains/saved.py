@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..core.errors import BadInput
-from ..core.files import leftovers, write_atomically
+from ..core.files import held, leftovers, write_atomically
 from ..core.latents import FORMAT, packed, unpacked
 from ..core.loop import Point
 from .chain import Chain
@@ -124,14 +124,17 @@ class Saved:
 
 
 def find_saved(where: Path) -> Path:
-    """The file of a run: itself, or the newest in a folder.
+    """The file of a run: itself, or the newest in a folder that no process is still at.
 
     Raises:
         BadInput: there is none.
     """
     if not where.is_dir():
         return where
-    found = sorted(where.glob(f"{STEM}_*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    every = sorted(where.glob(f"{STEM}_*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    found = [file for file in every if is_left(file)]
+    if every and not found:
+        raise BadInput(f"The run in {where} is still under way: wait for it, or stop it first.")
     for empty in (file for file in found if not file.stat().st_size):
         empty.unlink()  # claimed by a run that was killed before it saved anything
         leftovers(where, empty.name)
@@ -141,6 +144,14 @@ def find_saved(where: Path) -> Path:
             "until it is finished."
         )
     return found[-1]
+
+
+def is_left(path: Path) -> bool:
+    """Whether no process is at the run in a file."""
+    if (file := held(path)) is None:
+        return False
+    file.close()
+    return True
 
 
 def _packed(result: Result) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -14,8 +16,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from unrolled import __main__ as command
+from unrolled.chains import keys
 from unrolled.chains.cache import Cache, foreseen
-from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Stage, TextToImage
+from unrolled.chains.chain import Chain, Cut, ImageToImage, Ingredient, Inpaint, PriorOptions, Resize, Stage, TextToImage
 from unrolled.chains.outputs import Result
 from unrolled.chains.plan import plan
 from unrolled.chains.replay import replay
@@ -72,6 +75,9 @@ def made(shelf: Shelf, cache: Cache) -> Callable[[Chain], tuple[Watched, Result]
         assert pixels(result) == pixels(plain)
         assert result.trail == plain.trail
         assert result.models == plain.models
+        assert result.inputs.keys() == plain.inputs.keys()
+        assert {*plain.notes} <= {*result.notes}
+        assert [o.is_picture for o in result.outputs.values()] == [o.is_picture for o in plain.outputs.values()]
         return seen, result
 
     return make
@@ -141,6 +147,7 @@ def test_prefixes_of_every_kind_of_solver(
         {"steps": 4, "guidance_scale": 5.0},
         {"negative_prompt": "grey"},
         {"eta": 0.5, "solver": "ddim"},
+        {"tiled": True},
     ],
     ids=str,
 )
@@ -151,6 +158,57 @@ def test_what_makes_other_latents_is_not_taken_for_the_same(
     made(job)
     other = job.model_copy(update=change) if {"seed", "batch"} & change.keys() else changed(job, "text", **change)
     assert len(made(other)[0]) >= 4
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+        ("model_index.json", "force_zeros_for_empty_prompt", False),
+    ],
+)
+def test_the_configs_of_a_checkpoint_are_part_of_it(
+    file: str, key: str, value: object, chain: Chain, shelf: Shelf, cache: Cache, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(chain.stages[0].model, tmp_path / "model")) / file  # type: ignore[union-attr]
+    job = changed(chain.model_copy(update={"stages": chain.stages[:1]}), "text", model=str(tmp_path / "model"))
+    run(job, shelf, cache=cache)
+    assert foreseen(cache, job, plan(job, shelf), shelf)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    other = Shelf(device="cpu")
+    assert not foreseen(cache, job, plan(job, other), other)
+
+
+def test_other_code_makes_other_latents(chain: Chain, shelf: Shelf, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(chain, shelf, cache=cache)
+    assert keys._code() != ""
+    monkeypatch.setattr(keys, "_code", lambda: "edited")
+    assert not foreseen(cache, chain, plan(chain, shelf), shelf)
+
+
+def test_what_is_said_is_said_again(chain: Chain, made: Callable[[Chain], tuple[Watched, Result]]) -> None:
+    job = changed(chain, "text", prompt="a castle " * 60)
+    made(job)
+    seen, result = made(job)
+    assert seen == []
+    assert any("tokens of the prompt fit; dropped" in note for note in result.notes)
+
+
+def test_a_mix_of_a_long_prompt_and_a_picture(
+    tiny_kandinsky_folder: Path,
+    tiny_prior_folder: Path,
+    picture: Image.Image,
+    tmp_path: Path,
+    made: Callable[[Chain], tuple[Watched, Result]],
+) -> None:
+    picture.save(tmp_path / "start.png")
+    mix = (Ingredient(prompt="a castle " * 60, weight=0.5), Ingredient(image="start.png", weight=0.5))
+    prior = PriorOptions(model=str(tiny_prior_folder), steps=2, mix=mix)
+    chain = Chain(stages=(TextToImage(model=str(tiny_kandinsky_folder), steps=2, prior=prior),), folder=tmp_path)
+    assert len(made(chain)[0]) == 2
+    seen, result = made(chain)
+    assert seen == []
+    assert result.inputs.keys() == {"start.png"}
 
 
 def test_repetitions_pictures_and_masks(
@@ -237,11 +295,15 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def of_another_seed(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'\\"seeds\\": [0]', b'\\"seeds\\": [7]'))
+
+
 def lying(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'\\"sigma\\": ', b'\\"sigmo\\": '))
 
 
-@pytest.mark.parametrize("damage", [truncated, poisoned, emptied, lying])
+@pytest.mark.parametrize("damage", [truncated, poisoned, emptied, lying, of_another_seed])
 def test_damaged_files_are_made_again(
     damage: Callable[[Path], None], chain: Chain, cache: Cache, made: Callable[[Chain], tuple[Watched, Result]]
 ) -> None:
@@ -271,9 +333,23 @@ def test_it_keeps_to_its_size(chain: Chain, shelf: Shelf, tmp_path: Path) -> Non
     assert files(none) == []
 
 
-def test_two_runs_at_once_share_it(chain: Chain, cache: Cache, shelf: Shelf) -> None:
+def test_what_a_killed_process_left_is_counted(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "small", limit=200_000)
+    (cache.folder / "other").mkdir(parents=True)
+    left = cache.folder / "other" / ".entry.safetensors.0a1b2c3d"
+    left.write_bytes(bytes(cache.limit))
+    run(chain, shelf, cache=cache)
+    assert not left.exists()
+
+
+def test_two_runs_at_once_share_it(chain: Chain, cache: Cache) -> None:
     made: list[list[bytes]] = []
-    runs = [threading.Thread(target=lambda: made.append(pixels(run(chain, Shelf(device="cpu"), cache=cache)))) for _ in "ab"]
+    shelves = [Shelf(device="cpu") for _ in "ab"]
+    for shelf in shelves:
+        run(chain, shelf)  # models are not to be loaded in threads, which transformers does one at a time
+    runs = [
+        threading.Thread(target=lambda shelf=shelf: made.append(pixels(run(chain, shelf, cache=cache)))) for shelf in shelves
+    ]
     for one in runs:
         one.start()
     for one in runs:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from unrolled.__main__ import app
 from unrolled.chains.adapters import LoraOptions
 from unrolled.chains.chain import Chain, ImageToImage, TextToImage
+from unrolled.chains.changes import Changes
 from unrolled.chains.checks import findings
 from unrolled.chains.jobs import text_to_image
 from unrolled.chains.plan import plan
@@ -89,6 +90,17 @@ def test_each_stage_has_its_own(files: Path, tiny_folder: Path) -> None:
     assert prints["lora 2"] == fingerprint_of(files / "more.safetensors")
     assert prints["embedding <toy>"] == fingerprint_of(files / "toy.safetensors")
     assert not [key for key in result.models["three"] if key.startswith(("lora", "embedding"))]
+
+
+def test_what_peft_says_beside_a_lora_is_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    assert Changes(((file, 1.0),)).fingerprints() == {"lora 1": fingerprint_of(file)}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 4}')
+    weak = Changes(((file, 1.0),)).fingerprints()
+    assert weak.keys() == {"lora 1", "lora 1, config"}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    assert Changes(((file, 1.0),)).fingerprints() != weak
 
 
 def test_off_again_when_a_run_fails(files: Path, tiny_folder: Path) -> None:

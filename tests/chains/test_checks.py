@@ -225,6 +225,20 @@ def test_latents_are_not_clipped_to_a_pictures_range_unawares(folder: Path, tiny
         assert any(message in f.sentence and f.severity == "warning" for f in said) == warned
 
 
+def test_brackets_are_pointed_out_once(folder: Path, shelf: Shelf) -> None:
+    message = "the brackets of its prompt are encoded as they stand, as diffusers does: prompt_weights = true reads"
+    two = f'prompt = "a (castle:1.3)"\nnegative_prompt = "[people]"\n{paint()}\n{change()}'
+    kandinsky = two.replace('do = "text', 'model = "kandinsky-2.2-decoder"\ndo = "text')
+    for text, stages in (
+        (two, ["text-to-image"]),
+        (kandinsky, ["image-to-image"]),
+        (f"prompt_weights = true\n{two}", []),
+        (two.replace("(", "").replace("[people]", "people"), []),
+    ):
+        said = [f for f in found(folder, text, shelf) if f.sentence.startswith(message)]
+        assert [(f.severity, f.stage) for f in said] == [("note", stage) for stage in stages]
+
+
 @pytest.mark.parametrize("name", packaged_chains())
 def test_the_packaged_chains_have_notes_at_most(name: str, shelf: Shelf) -> None:
     chain = read_chain(name)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from unrolled.chains.chain import Chain, ImageToImage, TextToImage
+from unrolled.chains.chain import Chain, ImageToImage, Ingredient, PriorOptions, TextToImage
 from unrolled.chains.compare import compare
 from unrolled.chains.record import Machine, encode, manifest, read_manifest
 from unrolled.chains.replay import replay
@@ -101,6 +101,37 @@ def test_inputs_are_found_and_told_apart(tiny_folder: Path, shelf: Shelf, pictur
     assert again.changed == ("the input start.png is another picture",)
 
 
+def test_inputs_that_were_given_by_absolute_paths(
+    tiny_folder: Path, shelf: Shelf, picture: Image.Image, tmp_path: Path
+) -> None:
+    for name in ("in", "moved"):
+        (tmp_path / name).mkdir()
+    picture.save(tmp_path / "in" / "start.png")
+    stage = ImageToImage(model=str(tiny_folder), image=str(tmp_path / "in" / "start.png"), steps=2, strength=0.5, fit=True)
+    (file,) = run(Chain(stages=(stage,)), shelf, tmp_path / "out").files
+    assert replay(file).same
+    (tmp_path / "in" / "start.png").rename(tmp_path / "moved" / "start.png")
+    with pytest.raises(BadInput, match="give their folder with --inputs"):
+        replay(file)
+    again = replay(file, inputs=tmp_path / "moved")
+    assert (str(again), again.changed) == ("identical", ())
+
+
+def test_pictures_of_a_mix_are_looked_for(
+    tiny_kandinsky_folder: Path, tiny_prior_folder: Path, shelf: Shelf, picture: Image.Image, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "in" / "start.png")
+    prior = PriorOptions(model=str(tiny_prior_folder), steps=2, mix=(Ingredient(image="start.png"),))
+    stage = TextToImage(model=str(tiny_kandinsky_folder), steps=2, prior=prior)
+    (file,) = run(Chain(stages=(stage,), folder=tmp_path / "in"), shelf, tmp_path / "out").files
+    with pytest.raises(BadInput, match=r"was made from start.png, not to be found in .*--inputs"):
+        replay(file)
+    assert replay(file, inputs=tmp_path / "in").same
+    picture.rotate(180).save(tmp_path / "in" / "start.png")
+    assert replay(file, inputs=tmp_path / "in").changed == ("the input start.png is another picture",)
+
+
 def test_files_that_do_not_say_how_they_were_made(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="There is no picture at"):
         replay(tmp_path / "nothing.png")
@@ -113,6 +144,10 @@ def test_files_that_do_not_say_how_they_were_made(chain: Chain, shelf: Shelf, tm
     (file, _) = run(chain, shelf, tmp_path).files
     with pytest.raises(BadInput, match=r"cannot be used .* it is of another version"):
         replay(changed(file, chain={"stages": []}))
+    with pytest.raises(BadInput, match=r"cannot be used \(load is no dtype\)"):
+        replay(changed(file, chain=chain.model_dump(mode="json"), dtype="load"))
+    with pytest.raises(BadInput, match=r"cannot be used \(picture 2 of 2\)"):
+        replay(changed(file, dtype="float32", made_in={"seed": 3, "batch": 2, "index": 2}))
 
 
 def test_a_distance_is_of_the_right_size() -> None:
@@ -160,6 +195,8 @@ def test_pictures_that_cannot_be_compared(chain: Chain, shelf: Shelf, tmp_path: 
         compare(one, tmp_path / "plain.png")
     with pytest.raises(BadInput, match=r"cannot be compared .* one is of another version"):
         compare(one, changed(tmp_path / "output_001.png", trail={"text": [1]}))
+    with pytest.raises(BadInput, match=r"cannot be compared .* one is of another version"):
+        compare(one, changed(tmp_path / "output_001.png", trail={}, chain={"stages": ["text"]}))
     one.unlink()
     with pytest.raises(BadInput, match="There is no picture to see at"):
         compare(one.with_suffix(".json"), one.with_suffix(".json"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -14,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from unrolled import Latents
+from unrolled.chains import outputs, runner
 from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Stage, TextToImage, Upscale
 from unrolled.chains.outputs import Result
 from unrolled.chains.run import resume, run
 from unrolled.chains.saved import Saved
 from unrolled.core.errors import BadInput, BadModel
+from unrolled.core.files import write_atomically
 from unrolled.core.loading import Shelf
 from unrolled.core.loop import Step
 
@@ -211,7 +216,65 @@ def test_killed_at_any_moment(solvers: list[str], times: int, chain: Chain, shel
     assert kills >= len(solvers) * times // 2
 
 
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")
+def test_images_that_are_written_already_are_not_written_again(
+    at: int, killed: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(stages=(TextToImage(model=str(tiny_folder), prompt="a castle", steps=2),), batch=3)
+    torch.set_num_threads(1)
+    written: list[object] = []
+
+    def write(path: str | Path, data: bytes) -> Path:
+        written.append(path)
+        if len(written) > at:  # the second image is at its picture, or at its .json
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
+        return write_atomically(path, data)
+
+    def die() -> None:
+        monkeypatch.setattr(outputs, "write_atomically", write)
+        monkeypatch.setattr(runner, "rescue", lambda *_: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(chain, Shelf(device="cpu"), tmp_path, save_every=1)
+
+    assert ends(die) is not killed
+    resumed = resume(tmp_path)
+    assert [file.name for file in resumed.files][:1] == ["output_000.png"]
+    assert len(resumed.files) == 3
+    assert [Image.open(file).tobytes() for file in resumed.files] == pixels(resumed)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json"] * 3 + [".png"] * 3
+
+
 # --- what cannot be gone on with
+
+
+def test_a_run_that_is_still_under_way_is_left_alone(tiny_folder: Path, shelf: Shelf, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    chain = Chain(stages=(TextToImage(model=str(tiny_folder), steps=3, solver="euler"),))
+    tried: list[str] = []
+
+    def meddle(stage: Stage, step: Step) -> None:
+        for where in (tmp_path, *tmp_path.glob("interrupted*")):
+            with pytest.raises(BadInput, match="is still under way: wait for it, or stop it first") as error:
+                resume(where)
+            tried.append(str(error.value))
+
+    with pytest.raises(Stopped):
+        run(chain, shelf, tmp_path / "left", stopping_at("text-to-image", 2), save_every=1)
+    run(chain, shelf, tmp_path, meddle, save_every=1)
+    assert len(tried) == 6
+    left = (tmp_path / "left" / "interrupted_000.safetensors").rename(tmp_path / "interrupted_000.safetensors")
+
+    def another(stage: Stage, step: Step) -> None:
+        if left.is_file():
+            resume(tmp_path)  # the one that was left, though this one's file is newer
+            assert not left.is_file()
+
+    run(chain, shelf, tmp_path, another, save_every=1)
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [f"output_00{i}.png" for i in range(3)]
 
 
 def test_no_saved_run(tmp_path: Path) -> None:
@@ -250,3 +313,22 @@ def test_other_weights(
 def test_saving_never_or_every_so_many_steps(chain: Chain, shelf: Shelf) -> None:
     with pytest.raises(BadInput, match="every so many steps, 0 for never, not every -1"):
         run(chain, shelf, save_every=-1)
+    with pytest.raises(BadInput, match="A run is saved in the folder that it writes into: give one"):
+        run(chain, shelf, save_every=1)
+
+
+@pytest.mark.parametrize(
+    "lie", [{"claimed": ["../output_000"]}, {"claimed": [1]}, {"machine": {"device": "toaster"}}], ids=str
+)
+def test_a_run_that_says_what_cannot_be(lie: dict[str, Any], tiny_folder: Path, shelf: Shelf, tmp_path: Path) -> None:
+    chain = Chain(stages=(TextToImage(model=str(tiny_folder), steps=2, solver="euler"),))
+    with pytest.raises(Stopped):
+        run(chain, shelf, tmp_path, stopping_at("text-to-image", 1))
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, framework="pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(told["run"])
+    facts |= {key: facts[key] | value if isinstance(value, dict) else value for key, value in lie.items()}
+    save_file(tensors, path, told | {"run": json.dumps(facts)})
+    with pytest.raises(BadInput, match="is damaged and cannot be gone on from"):
+        resume(tmp_path)

@@ -267,6 +267,8 @@ def test_a_stage_is_repeated_on_what_it_made(shelf: Shelf, first: TextToImage, t
         (TextToImage(size=SizeConditioning()), "size has no effect with sd-1.5"),
         (TextToImage(prompt_2="x"), "prompt_2 has no effect with sd-1.5"),
         (TextToImage(model="KANDINSKY", clip_skip=1), "clip_skip has no effect with"),
+        (TextToImage(model="KANDINSKY", prompt_weights=True), "prompt_weights has no effect with .*: leave it out, or"),
+        (TextToImage(prompt_weights=True, negative_prompt=f"(a:{'9' * 400})"), "The weight of 'a.*' is inf: give a finite"),
         (TextToImage(model="KANDINSKY", prior=PriorOptions(model="sd-1.5")), "sd-1.5 is no prior: use kandinsky-2.2-prior"),
         (TextToImage(model="KANDINSKY", width=72), "sides must be multiples of 64: the nearest sizes are 64x64 and 128x64"),
         (TextToImage(vae="KANDINSKY"), "has no vae to share"),

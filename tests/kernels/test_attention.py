@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,6 +253,20 @@ def test_backends_without_a_log_sum_exp(backend: Any, monkeypatch: pytest.Monkey
         attention_with_lse(q, q, q, backend=backend)
     with pytest.raises(BadInput, match=f"Attention '{backend}' gives no maps: use triton or reference"):
         attention_maps(q, q, torch.tensor([0]), backend=backend)
+
+
+def test_kernels_are_launched_on_the_card_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    on: list[Tensor] = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: (on.append(x), device_of(x))[1])
+    q, other = some(1, 2, 1, 16), some(1)
+    assert backends.on_its_card(lambda x, y: (x, y))(q, other) == (q, other)
+    assert [x is q for x in on] == [True]
+    folder = Path(backends.__file__).parent
+    kernels = [path.stem for path in folder.glob("*.py") if "\ndef launch(" in path.read_text()]
+    assert len(kernels) == 8
+    for name in kernels:
+        assert f"@{backends.on_its_card.__name__}\ndef launch(" in (folder / f"{name}.py").read_text(), name
 
 
 def test_no_gradient_of_a_bias(device: torch.device) -> None:

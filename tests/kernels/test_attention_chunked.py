@@ -10,7 +10,15 @@ from unrolled.kernels import attention as dispatch
 from unrolled.kernels.attention import attention, attention_with_lse
 from unrolled.kernels.attention_chunked import ROWS, chunked, pays
 
-SHAPES = [(1, 1, 1, 1, 8), (2, 300, 77, 3, 40), (1, 513, 1300, 2, 16), (3, ROWS, 4, 2, 8), (2, 256, 256, 8, 160)]
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 300, 77, 3, 40),
+    (1, 513, 1300, 2, 16),
+    (3, ROWS, 4, 2, 8),
+    (2, 256, 256, 8, 160),
+    (1, 0, 4, 2, 8),
+    (1, 4, 0, 2, 8),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -220,3 +220,7 @@ def test_the_flop_counter_sees_what_it_does(draw: Draw) -> None:
     with FlopCounterMode(display=False) as counter:
         reference(q, k, v, None, 1.0)
     assert counter.get_total_flops() == 2 * 2 * products, "torch counts our reference likewise"
+    lse, tokens = attention_with_lse(q, k, v)[1], torch.tensor([1, 4], device=q.device)
+    with FlopCounterMode(display=False) as counter:
+        attention_maps(q, k, tokens, lse=lse, backend="triton")
+    assert counter.get_total_flops() == 2 * products * 2 // 9, "two of nine keys"

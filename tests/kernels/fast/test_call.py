@@ -255,6 +255,17 @@ def test_a_network_that_comes_only_for_its_calls(tiny_folder: Any, off: Off) -> 
         assert off(pixels(model), plain) < TOLERANCE
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_inference_mode_now_and_then(sd: Model, off: Off, inference: bool) -> None:
+    plain = pixels(sd)
+    with optimise(sd.vae) as made:
+        captured_call(sd.vae, mode="graph")
+        for mode in (inference, not inference):
+            with torch.inference_mode(mode):
+                assert off(pixels(sd), plain) < TOLERANCE
+        assert len(made.pieces) == 1
+
+
 def test_what_cannot_be_captured_runs_as_it_is(sd: Model, off: Off, monkeypatch: pytest.MonkeyPatch) -> None:
     from unrolled.kernels.fast import call
 

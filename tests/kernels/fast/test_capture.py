@@ -280,6 +280,46 @@ def test_other_weights_in_the_middle(model: Model, off: Off, conditioning_of: Co
     assert off(plain, unchanged) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["to_k.weight", "to_v.weight"])
+def test_other_weights_of_cross_attention_alone(sides: Sides, off: Off, end: str) -> None:
+    """Compiled code, as a graph does, reads keys and values that were made before it."""
+    with optimise(sides.model.unet):
+        step = sides.step(**COMPILED)
+        before = sides.run(step)
+        with torch.no_grad():
+            for name, parameter in sides.model.unet.named_parameters():
+                if name.endswith(f"attn2.{end}"):
+                    parameter.mul_(3.0)
+        after = sides.run(step)
+    assert off(after, sides.plain()) < TOLERANCE
+    assert off(after, before) > 1e-3
+
+
+def test_free_u_put_on_later_is_captured_anew(sides: Sides, off: Off) -> None:
+    with optimise(sides.model.unet) as made:
+        before = sides.run(sides.step())
+        (first,) = made.pieces.values()
+        sides.model.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        after = sides.run(sides.step())
+        (second,) = made.pieces.values()
+        assert second is not first, "a graph would not see it"
+    assert off(after, sides.plain()) < TOLERANCE
+    assert off(after, before) > 1e-3
+
+
+def test_inference_mode_now_and_then(sides: Sides, off: Off) -> None:
+    plain = sides.plain()
+    with optimise(sides.model.unet) as made, warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        for inference in (True, False, True):
+            step = sides.step()
+            with torch.inference_mode(inference):
+                assert off(sides.run(step), plain) < TOLERANCE
+            (piece,) = made.pieces.values()
+            assert step.fast.kept == [piece.source], "it did not run in parts"
+
+
 COMPILED: dict[str, Any] = {"mode": "compile", "compiler": {"backend": "eager", "fullgraph": True}}
 HOW = [{"mode": "auto"}, {"mode": "graph"}, pytest.param(COMPILED, marks=pytest.mark.slow)]
 
@@ -338,7 +378,10 @@ def test_undone_in_the_middle(sides: Sides, off: Off) -> None:
 def test_what_cannot_be_captured_runs_in_parts(sides: Sides, off: Off, monkeypatch: pytest.MonkeyPatch) -> None:
     from unrolled.kernels.fast import capture
 
+    tried: list[int] = []
+
     def broken(*_: Any) -> None:
+        tried.append(1)
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(capture, "Piece", broken)
@@ -348,6 +391,7 @@ def test_what_cannot_be_captured_runs_in_parts(sides: Sides, off: Off, monkeypat
         pytest.warns(Note, match=r"not be captured \(CUDA error: operation not permitted"),
     ):
         assert off(sides.run(sides.step()), plain) < TOLERANCE
+    assert len(tried) == 1, "not at every step"
 
 
 def test_errors(sides: Sides) -> None:

@@ -153,6 +153,37 @@ def test_a_copy_is_another_network(sd: Model, call: Call, off: Off) -> None:
     assert off(changed, call(plain)) < TOLERANCE
 
 
+def test_a_copy_is_undone_by_itself(sd: Model, call: Call) -> None:
+    plain = call(sd)
+    with optimise(sd.unet) as made:
+        fast, other = call(sd), replace(sd, unet=copy.deepcopy(sd.unet))
+        of_copy = fast_of(other.unet)
+        assert of_copy is not None
+        assert of_copy is not made
+        assert of_copy.network is other.unet
+        of_copy.undo()
+        assert fast_of(other.unet) is None
+        assert not any({"forward", "_apply"} & vars(m).keys() for m in other.unet.modules())
+        assert torch.equal(call(other), plain)
+        assert fast_of(sd.unet) is made
+        assert torch.equal(call(sd), fast)
+
+
+def test_a_forward_put_around_ours_stays(sd: Model, call: Call, off: Off) -> None:
+    """accelerate's hooks of offloading are such."""
+    plain, calls = call(sd), []
+    with optimise(sd.unet):
+        ours = sd.unet.forward
+
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return ours(*args, **kwargs)
+
+        sd.unet.forward = theirs
+    assert off(call(sd), plain) < TOLERANCE
+    assert calls == [1]
+
+
 def test_a_fast_network_is_saved_as_any_other(sd: Model, call: Call, tmp_path: Path) -> None:
     before = weights(sd.unet)
     with optimise(sd.unet):
