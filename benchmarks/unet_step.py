@@ -2,8 +2,8 @@
 
 Random weights, bfloat16, guidance as a batch of two, one Euler step. Every side has a network of its own with the same
 weights; all of a structure run interleaved in one process, cuDNN choosing by trial for all. It is a step in the middle of a
-run: ours has the prompt's keys and values already, which whole runs (pipelines.py) pay for. Beside each time: its distance from float32, the fraction of
-the floor, the peak of memory, the first call's cost, and launches.
+run: ours has the prompt's keys and values already, which whole runs (pipelines.py) pay for. Beside each time: its distance
+from float32, the fraction of the floor, the peak of memory, the first call's cost, and launches.
 
     python benchmarks/unet_step.py                                 # all structures; writes results/unet_step.json
     python benchmarks/unet_step.py --structures sdxl-base --compile  # and torch.compile, which takes minutes

@@ -192,7 +192,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and the instructions of it that torch uses: by others sums are rounded otherwise."""
+    """The GPU's name, or the processor's and which instructions of it torch uses: others round otherwise."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -81,7 +81,13 @@ class Replayed:
 
 
 def replay(
-    path: Path, shelf: Shelf | None = None, inputs: Path | None = None, watch: Watch | None = None, *, free: bool = False
+    path: Path,
+    shelf: Shelf | None = None,
+    inputs: Path | None = None,
+    watch: Watch | None = None,
+    *,
+    free: bool = False,
+    allow_pickle: bool = False,
 ) -> Replayed:
     """Make a picture again from its manifest, the batch it was made in with it, and compare step by step.
 
@@ -89,9 +95,10 @@ def replay(
         path: a picture that a chain wrote, or the .json beside it.
         shelf: where the models come from and what they run on; by default as it was, on this machine's device.
         inputs: the folder of the pictures that went in; by default beside the picture, here, or the package's own.
+        allow_pickle: read pickled weights if the picture names some: it may be a stranger's.
 
     Raises:
-        BadInput: nothing in the file says how it was made, or what went in is not there.
+        BadInput: nothing in the file says how it was made, what went in is not there, or it names pickled weights.
     """
     before = _moved(read_manifest(path), inputs or path.parent)
     try:
@@ -103,6 +110,9 @@ def replay(
     except (KeyError, TypeError, ValueError, AttributeError, ValidationError) as error:
         said = str(error).splitlines()[0]
         raise BadInput(f"What {path} says of how it was made cannot be used ({said}): it is of another version.") from error
+    told = [before["chain"], (before.get("forked") or {}).get("chain", {})]
+    if not allow_pickle and any(stage.get("allow_pickle") for part in told for stage in part.get("stages", ())):
+        raise BadInput(f"{path} names pickled weights, and it may be a stranger's: say --allow-pickle if you trust them.")
     chain = chain.model_copy(update={"folder": _folder(chain, path, inputs)})
     shelf = shelf or machine.shelf()
     if forked := before.get("forked"):

@@ -21,6 +21,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture that a chain wrote, or the .json beside it.")],
     inputs: Annotated[Path | None, typer.Option(help="The folder of the pictures that went in.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the picture as it came out now, a .png file.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights if it names some.")] = False,
     progress: Progressing = True,
 ) -> None:
     """Make a picture again and say whether it is identical; if not, where it differs, how far, and what has changed.
@@ -30,7 +31,7 @@ def replay(
     from ..chains.replay import replay as make_again
 
     with bars(on=progress and err.is_terminal) as watch:
-        again = make_again(picture, inputs=inputs, watch=watch, free=True)
+        again = make_again(picture, inputs=inputs, watch=watch, free=True, allow_pickle=allow_pickle)
     show(again)
     if output is not None:
         show(write_atomically(output, png(again.picture)))

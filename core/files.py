@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import CannotWrite
 
@@ -35,6 +36,26 @@ def write_atomically(path: str | Path, data: bytes) -> Path:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def held(path: Path) -> BinaryIO | None:
+    """A file opened, and known to be in use while it is open or its process lives; None if it is in use already.
+
+    On Windows nothing is known of other processes, and an open file could not be replaced.
+    """
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:
+        return open(os.devnull, "rb")
+    file = path.open("rb")
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass  # a file system that knows no locks
+    return file
 
 
 def leftovers(folder: Path, name: str) -> None:

@@ -70,9 +70,7 @@ def download_component(name: str, revision: str | None, variant: str | None, wei
     wanted = [f"{folder}/{file}" if folder else file for file in files]
     skipped = None if variant else ["*.fp16.*", "*.fp16-*"]
     with _hub_faults(name):
-        found = snapshot_download(
-            f"{owner}/{repository}", revision=revision, allow_patterns=wanted, ignore_patterns=skipped
-        )
+        found = snapshot_download(f"{owner}/{repository}", revision=revision, allow_patterns=wanted, ignore_patterns=skipped)
     return Path(found) / folder
 
 

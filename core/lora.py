@@ -216,10 +216,15 @@ def _fits(down: Tensor, up: Tensor, weight: Sequence[int]) -> bool:
     return list(down.shape) == [rank, *weight[1:]] and list(up.shape) == [weight[0], rank, *ones]
 
 
+def peft_config(file: Path) -> Path:
+    """Where PEFT says how strong a LoRA of its own is."""
+    return file.with_name("adapter_config.json")
+
+
 def _configs(file: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What is said of alphas beside the tensors, by component ("" is any): diffusers in the file, PEFT in one beside it."""
     if any(name.startswith("base_model.model.") for name in names):
-        config = file.with_name("adapter_config.json")
+        config = peft_config(file)
         if not config.is_file():
             raise BadModel(f"{file} lacks its {config.name}, in which PEFT says how strong it is: put that beside it.")
         return {"": read_json(config)}

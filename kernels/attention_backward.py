@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import EXACT, LOG2_E, _bias, aligned, bias_kind, bias_strides
+from .backends import on_its_card
 from .tuning import Passes, backward_passes
 
 
+@on_its_card
 def launch(
     grad: Tensor,
     q: Tensor,

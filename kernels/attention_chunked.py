@@ -1,7 +1,7 @@
 """Attention on a CPU in half precision: a few heads and queries at a time, so that their scores stay in the cache.
 
 Two large products of oneDNN and a softmax between them, where torch's own kernel does small ones. The scores are rounded
-to the precision of q, so that its error is about three times that of torch's.
+to the precision of q, so that its error is about twice that of torch's.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     queries_first, keys_last, values = (q * scale).transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)
     whole = None if bias is None else bias.to(q.dtype).expand(batch, heads, queries, keys)
-    rows = min(ROWS, queries)
-    several = min(heads, max(1, SCORES // (rows * keys)))
+    rows = max(1, min(ROWS, queries))
+    several = max(1, min(heads, SCORES // max(1, rows * keys)))
     # One memory for all scores: a fresh one would be mapped page by page each time, which takes as long as the product.
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
     room = None if recorded else q.new_empty(several * rows * keys)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 from .measured_table import Blocks
 from .tuning import attention_blocks
 
@@ -15,6 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 EXACT = tl.constexpr("ieee")  # float32 is not to become tf32, which is what a product takes unasked
 
 
+@on_its_card
 def launch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:

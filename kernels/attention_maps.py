@@ -6,9 +6,11 @@ What maps of cross-attention need (Tang et al., arXiv:2210.04885): where in the 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..core.errors import BadInput
 from .attention import attention_with_lse, require_shapes
@@ -72,3 +74,9 @@ def maps(q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, bias: Tensor | None,
 @maps.register_fake
 def _(q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     return q.new_empty((len(q), q.shape[1], len(tokens)), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.unrolled.attention_maps)
+def _flops(q: Any, k: Any, tokens: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, size = q
+    return 2 * batch * heads * queries * int(tokens[0]) * size  # type: ignore[no-any-return]

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import EXACT, LOG2_E, _bias, aligned, bias_kind, bias_strides
+from .backends import on_its_card
 from .tuning import maps_blocks
 
 
+@on_its_card
 def launch(q: Tensor, k: Tensor, tokens: Tensor, lse: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(batch, queries, tokens) in float32."""
     batch, queries, heads, size = q.shape

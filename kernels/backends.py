@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, wraps
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -80,6 +81,21 @@ def ours(operation: str, backend: str, x: Tensor) -> bool:
     if why := fault("triton", x.device, dtype=x.dtype):
         raise BadInput(f"Our kernel of {operation} cannot run on {x.device} ({why}): use auto, or see unrolled doctor.")
     return True
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_card(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """The same on the card of its first argument: Triton launches on the current one, which need not be that."""
+
+    @wraps(launch)
+    def there(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return launch(x, *args, **kwargs)
+
+    return there
 
 
 def measurable(*inputs: Tensor) -> bool:

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 from .measured_table import Tile
 from .tuning import geglu_tile
 
 OVER_ROOT_2 = tl.constexpr(0.7071067811865476)
 
 
+@on_its_card
 def launch(projected: Tensor, tile: Tile | None = None) -> Tensor:
     """(…, n) of (…, 2 n), contiguous."""
     size = projected.shape[-1] // 2

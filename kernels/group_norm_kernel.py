@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 from .layout import flat, memory_format
 from .measured_table import Strips
 from .tuning import group_norm_strips
 
 
+@on_its_card
 def launch(
     x: Tensor,
     groups: int,

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 from .layout import flat
 
 BLOCK = 1024  # not measured; latents are small and this is one short wave of programs
 
 
+@on_its_card
 def launch(
     x: Tensor, cond: Tensor, uncond: Tensor | None, history: Sequence[Tensor], noise: Tensor | None, numbers: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 from .measured_table import Rows
 from .tuning import row_blocks
 
 
+@on_its_card
 def launch(
     x: Tensor, more: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, blocks: Rows | None = None
 ) -> tuple[Tensor, Tensor]:

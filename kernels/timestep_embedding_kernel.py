@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import on_its_card
 
+
+@on_its_card
 def launch(timesteps: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> Tensor:
     """(n, dim) in float32."""
     out = torch.empty(len(timesteps), dim, dtype=torch.float32, device=timesteps.device)

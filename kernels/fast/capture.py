@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
@@ -150,7 +151,8 @@ class CapturedStep:
         return min(int(order) - 1, EARLIER)
 
     def _for(self, x: Tensor, guided: bool) -> Conditioning:
-        return self._pair(len(x)) if guided else self.cond
+        with torch.inference_mode(False), torch.no_grad():  # what is kept of it is looked up by its versions
+            return self._pair(len(x)) if guided else self.cond
 
     def _piece(self, x: Tensor, guided: bool) -> Piece | None:
         """The piece for these latents, made if need be; None if the step has to run in parts."""

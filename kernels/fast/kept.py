@@ -34,7 +34,8 @@ def prepared(denoiser: ConditionalDenoiser, schedule: Schedule) -> ConditionalDe
     """The same denoiser, keeping for one run what does not change in it; itself if its UNet was not optimised.
 
     Wraps ``model.denoiser`` before guidance does: ``classifier_free(prepared(model.denoiser, schedule), cond, uncond)``.
-    The results are the same. What is kept lives as long as the denoiser that is returned.
+    The results are the same. What is kept lives as long as the denoiser that is returned. Weights written to through
+    ``.data``, of which torch keeps no count, are not seen: prepare anew after diffusers' ``fuse_lora``.
     """
     if type(denoiser) not in (UNetDenoiser, UpscalerDenoiser):
         return denoiser
@@ -145,6 +146,10 @@ class Kept:
         embedding = _embeddings(inner.unet, at, len(self.ready), inner.dtype, self.arguments)
         made = _project(inner.unet, embedding)
         return embedding[0], None if not made else torch.cat(list(made.values()), dim=-1)[0]
+
+    def keys_hold(self) -> bool:
+        """Whether the weights that made the keys and values are as they were."""
+        return all(made_by == versions(*key_makers(layer)) for layer, (_, _, made_by) in self.keys.items())
 
     def note(self, layer: nn.Module) -> None:
         """The keys and values of a layer were written anew."""

@@ -8,6 +8,7 @@ has it runs as diffusers wrote it, and a :class:`~unrolled.core.errors.Note` say
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from types import MethodType, TracebackType
@@ -66,6 +67,23 @@ class Optimised:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimised:
+        """Of a copied network: fast as well, and undone by itself; what was captured stays with the original."""
+        made = Optimised(copy.deepcopy(self.network, memo), self.shared)
+        made.replaced.update(self.replaced)
+        copies = [memo[id(module)] for module in self.shared.forwards if id(module) in memo]
+
+        def back() -> None:
+            for module in copies:
+                for name in ("forward", "_apply"):
+                    module.__dict__.pop(name, None)
+            made.network.__dict__.pop(MARK, None)
+            if self.shared.channels_last:
+                made.network.to(memory_format=torch.contiguous_format)
+
+        made._undo.append(back)
+        return made
+
     def undo(self) -> None:
         """The network as it was: forwards, memory layout, nothing kept. Doing it twice is no fault."""
         self.pieces.clear()
@@ -74,9 +92,14 @@ class Optimised:
 
     def put(self, module: nn.Module, forward: Forward) -> None:
         """Let ``forward`` be the module's."""
-        module.forward = self.shared.forwards[module] = MethodType(forward, module)
+        module.forward = self.shared.forwards[module] = ours = MethodType(forward, module)
         self.replaced[type(module).__name__] += 1
-        self._undo.append(lambda: module.__dict__.pop("forward", None))
+
+        def back() -> None:
+            if vars(module).get("forward") is ours:  # and not a hook of accelerate's, say, around it
+                del module.forward
+
+        self._undo.append(back)
 
     def fuse(self, owner: nn.Module, layers: list[nn.Linear]) -> None:
         """Lay the weights of some projections out as one."""

@@ -126,9 +126,9 @@ class Piece:
 
     def _take(self, kept: Kept) -> None:
         """Another prompt, or other weights, into our buffers."""
-        if self.source is kept:
-            return
         mine = self.kept
+        if self.source is kept and mine.keys_hold():
+            return
         for buffer, given in zip(_tensors(mine), _tensors(kept), strict=True):
             buffer.copy_(given)
         context = mine._context

@@ -69,7 +69,7 @@ class Recorded:
                 self._run()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
             self.outputs = self._run()
         self.graph = graph
 
@@ -108,7 +108,7 @@ class Recorder:
             raise BadInput(f"There is no mode {mode!r} of capturing: use {', '.join(get_args(Mode))}.")
         self.what, self.otherwise, self.mode, self.compiler = what, otherwise, mode, compiler or {}
         self.seconds = 0.0
-        self._said = set[str]()
+        self._said, self._failed = set[str](), set[tuple[Any, ...]]()
 
     @property
     def records(self) -> bool:
@@ -126,6 +126,8 @@ class Recorder:
         piece: P | None = made.pieces.get(key)
         if piece is not None and piece.recorded.snapshot.holds():
             return piece
+        if key in self._failed:
+            return None
         if why := strangers(module, made.shared):
             self.say(f"{why}: the {self.what} {self.otherwise}, and is not captured")
             return None
@@ -134,8 +136,11 @@ class Recorder:
             made.pieces.pop(next(iter(made.pieces)))
         began = time.perf_counter()
         try:
-            made.pieces[key] = piece = make()
-        except RuntimeError as error:  # of CUDA's capture, or of memory
+            # In inference mode too: buffers are written to later, and their versions asked for.
+            with torch.inference_mode(False), torch.no_grad():
+                made.pieces[key] = piece = make()
+        except RuntimeError as error:  # of CUDA's capture, or of memory: it would be the same at the next step
+            self._failed.add(key)
             self.say(f"the {self.what} could not be captured ({str(error).splitlines()[0]}), and {self.otherwise}")
             return None
         self.seconds += time.perf_counter() - began

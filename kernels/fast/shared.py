@@ -64,7 +64,7 @@ class Shared:
     kept: Keeper | None = None
     said: set[str] = field(default_factory=set)
     biases: dict[tuple[int, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
-    filtered: dict[nn.Module, tuple[Version, Tensor]] = field(default_factory=dict)
+    filtered: dict[nn.Module, tuple[tuple[Version, float], Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """A copy of a network shares it: its layers find nothing of theirs here and do without."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
@@ -18,19 +17,15 @@ RECORDING = "transformers.utils.output_capturing"
 class Snapshot:
     """What a captured step or call depends on beside its inputs: the modules, hooks, forwards and where the weights lie.
 
-    The values of weights are not part of it: a replay reads them anew. It takes well under a millisecond to compare,
-    while the device is still busy with the step before.
+    The values of weights are not part of it: a replay reads them anew. It is compared while the device is still busy with
+    the step before. Whatever was there is held, so that nothing new can have its identity.
     """
 
     def __init__(self, network: nn.Module) -> None:
         modules = list(network.modules())
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._parents = [m._modules for m in modules if m._modules]
-        self._attributes = [m.__dict__ for m in modules]
+        self._attributes = [(vars(m), name) for m in modules for name in _watched(m)]
         self._weights = [m._parameters for m in modules if m._parameters]
         self._state = self._look()
 
@@ -39,12 +34,17 @@ class Snapshot:
         return hooked_everywhere() is None and self._look() == self._state
 
     def _look(self) -> tuple[list[Any], ...]:
-        hooks = list(chain.from_iterable(self._hooks))  # by the numbers of their handles
+        hooks = [tuple(hooks) for hooks in self._hooks if hooks]  # by the numbers of their handles
         children = [child for parent in self._parents for child in parent.values()]
-        keys = ("forward", "processor", "training")
-        replaced = [id(attributes.get(key)) for attributes in self._attributes for key in keys]
+        replaced = [attributes.get(key) for attributes, key in self._attributes]
         at = [None if p is None else p.data_ptr() for weights in self._weights for p in weights.values()]
-        return hooks, [id(child) for child in children], replaced, at
+        return hooks, children, replaced, at
+
+
+def _watched(module: nn.Module) -> tuple[str, ...]:
+    """The attributes that may be set on it later; of a block on the way up, FreeU's."""
+    processor = ("processor",) if hasattr(module, "processor") else ()
+    return "forward", "training", *processor, *(("s1", "s2", "b1", "b2") if hasattr(module, "resolution_idx") else ())
 
 
 def strangers(network: nn.Module, shared: Shared) -> str | None:

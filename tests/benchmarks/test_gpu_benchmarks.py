@@ -50,6 +50,33 @@ def test_every_result_says_which_attention_ran() -> None:
     assert re.search(r"in bfloat16 \w+; the default", done.stdout), done.stderr
 
 
+WRONG = """
+from types import SimpleNamespace
+import json, torch, pipelines
+
+x = torch.ones(1, 4, 2, 2)
+pipelines.in_our_loop = lambda *_: lambda: (x, None)
+job = SimpleNamespace(device=torch.device("cpu"), steps=3, name="x2", side=2, structure=pipelines.STRUCTURES["x2"])
+runs = {"diffusers networks in our loop": x, "near": 1.01 * x, "far": 2 * x, "not finite": x / 0}
+chosen = {name: (lambda out=out: lambda: (out, None)) for name, out in runs.items()}
+chosen["broken"] = lambda: {}["a tile"]
+rows = pipelines.measure(job, chosen, 0.0)["sides"]
+print(json.dumps({name: row.get("refused", "timed" if "ms" in row else "neither") for name, row in rows.items()}))
+"""
+
+
+def test_a_run_that_is_wrong_is_not_timed() -> None:
+    done = subprocess.run([sys.executable, "-c", WRONG], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "diffusers networks in our loop": "timed",
+        "near": "timed",
+        "far": "1.0e+00 away from diffusers",
+        "not finite": "what comes out is not finite",
+        "broken": "'a tile'",
+    }
+
+
 def step_result(refused: bool = False) -> dict[str, Any]:
     side: dict[str, Any] = {"first_call_s": 1.5, "error_against_fp32": 0.004, "peak_gib": 9.5}
     side |= {"launches": {"on_device": 2000, "from_host": 1990}, "ms": {"q0.2": 9.0, "q0.5": 10.0, "q0.8": 11.0}}

@@ -316,6 +316,25 @@ def test_damaged_files_are_made_again(
     assert made(chain)[0] == []
 
 
+def test_damaged_files_that_may_not_be_removed_are_no_fault(
+    chain: Chain, shelf: Shelf, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(chain, shelf, cache=cache)
+    for path in files(cache):
+        truncated(path)
+    before, tried = Path.unlink, list[Path]()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            tried.append(path)
+            raise PermissionError(path)
+        before(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert pixels(run(chain, shelf, cache=cache)) == pixels(whole)
+    assert tried
+
+
 def test_it_keeps_to_its_size(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
     job = chain.model_copy(update={"stages": chain.stages[:1]})
     one = Cache(tmp_path / "one")

@@ -287,6 +287,18 @@ def test_systems_that_take_none(
             plan(Chain(stages=(stage,), folder=folder), Shelf(device="cpu"))
 
 
+def test_pictures_given_from_outside_lie_where_one_is(
+    tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "chain.toml").write_text(f'[[stage]]\ndo = "text-to-image"\nmodel = "{tiny_folder}"\n')
+    Image.new("RGB", (8, 8)).save(folder / "here.png")
+    told = ['control=[{model="net", image="here.png"}]', 'image_prompt={adapter="gone", image="here.png"}']
+    stage: Any = read_chain("deep/chain.toml", told).stages[0]
+    assert stage.control[0].image == stage.image_prompt.image == str(folder / "here.png")
+
+
 def test_files_lie_beside_the_chain(
     folder: Path, tiny_folder: Path, controlnet_folders: dict[str, list[Path]], image_adapter_files: dict[str, Path]
 ) -> None:

@@ -150,6 +150,16 @@ def test_files_that_do_not_say_how_they_were_made(chain: Chain, shelf: Shelf, tm
         replay(changed(file, dtype="float32", made_in={"seed": 3, "batch": 2, "index": 2}))
 
 
+def test_a_strangers_picture_is_not_enough_to_read_pickles(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
+    (file, _) = run(chain, shelf, tmp_path).files
+    facts = read_manifest(file)
+    facts["chain"]["stages"][1]["allow_pickle"] = True
+    changed(file, chain=facts["chain"])
+    with pytest.raises(BadInput, match="names pickled weights, and it may be a stranger's: say --allow-pickle"):
+        replay(file)
+    assert replay(file, allow_pickle=True).same
+
+
 def test_a_distance_is_of_the_right_size() -> None:
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     near = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
