@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from ..core.errors import BadInput
 from ..stages import finish
 from .record import read_manifest
 from .replay import changes
-from .trail import distance, read_trail
+from .trail import Mark, distance, read_trail
 
 
 class Setting(NamedTuple):
@@ -41,7 +43,8 @@ class Compared:
     Args:
         settings: what was asked for and is not the same.
         circumstances: versions, device, weights, inputs that are not the same.
-        steps: of the stages that both have, as far as both go.
+        steps: of the stages that both have, as far as both go through the same noise levels; none for pictures of
+            different sizes.
         pixels: mean and largest difference, 0 to 255; None for pictures of different sizes.
         picture: both, and their difference, 8 times as strong.
     """
@@ -62,31 +65,38 @@ def compare(one: Path, other: Path) -> Compared:
     facts = read_manifest(one), read_manifest(other)
     try:
         ours, theirs = (read_trail(told["trail"]) for told in facts)
-        settings = tuple(_settings(*(dict(_flat(told["chain"])) for told in facts)))
+        settings = tuple(_settings(*(_flat(told["chain"]) for told in facts)))
         steps = tuple(
             Distance(stage, a.step, a.sigma, distance(a, b))
             for stage in ours
-            for a, b in zip(ours[stage], theirs.get(stage, ()), strict=False)
+            for a, b in takewhile(_at_one_level, zip(ours[stage], theirs.get(stage, ()), strict=False))
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{one} and {other} cannot be compared ({error}): one is of another version.") from error
     pixels, sheet = _seen(_picture(one), _picture(other), (one.name, other.name))
-    return Compared(settings, tuple(changes(*facts)), steps, pixels, sheet)
+    return Compared(settings, tuple(changes(*facts)), steps if pixels else (), pixels, sheet)
 
 
-def _flat(chain: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Every key of a chain and of its stages, the latter after their stage's name."""
-    for key, value in chain.items():
-        if key != "stages":
-            yield key, value
-    for stage in chain["stages"]:
-        yield from ((f"{stage['name']}.{key}", value) for key, value in stage.items() if key != "name")
+def _at_one_level(pair: tuple[Mark, Mark]) -> bool:
+    """Whether two steps end at the same noise level: beyond, there is nothing to compare."""
+    return math.isclose(pair[0].sigma, pair[1].sigma, rel_tol=1e-4)
 
 
-def _settings(one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[Setting]:
+def _flat(chain: Mapping[str, Any]) -> dict[str, dict[str, object]]:
+    """The keys of a chain, under "", and of its stages, under their names."""
+    own = {key: value for key, value in chain.items() if key != "stages"}
+    return {"": own} | {stage["name"]: {k: v for k, v in stage.items() if k != "name"} for stage in chain["stages"]}
+
+
+def _settings(one: Mapping[str, Mapping[str, object]], other: Mapping[str, Mapping[str, object]]) -> Iterator[Setting]:
     for name in {**one, **other}:
-        if one.get(name) != other.get(name):
-            yield Setting(name, one.get(name), other.get(name))
+        if name not in one or name not in other:
+            yield Setting(f"stage {name}", *("there" if name in chain else None for chain in (one, other)))
+            continue
+        ours, theirs = one[name], other[name]
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                yield Setting(f"{name}.{key}" if name else key, ours.get(key), theirs.get(key))
 
 
 def _picture(path: Path) -> Image.Image:

@@ -69,16 +69,18 @@ def fork(
     Raises:
         BadInput: there is no such stage or step, or what lies before the fork is changed too.
     """
+    plans = plan(chain, shelf)
     chain, changed = (
-        part.model_copy(update={"stages": tuple(item.stage for item in plan(part, shelf))}) for part in (chain, changed)
+        part.model_copy(update={"stages": tuple(item.stage for item in planned)})
+        for part, planned in ((chain, plans), (changed, plan(changed, shelf)))
     )
     stage = stage or next((s.name for s in reversed(chain.stages) if isinstance(s, Denoising)), "")
     index = _require_same_before(chain, changed, stage)
+    steps = [passed.index + 1 for passed in plans[index].trace]
+    if step not in steps:
+        raise BadInput(f"Stage {stage!r} can be forked after its steps {steps[0]} to {steps[-1]}, not after {step}.")
     found: list[Point] = []
     parent = run(chain, shelf, folder, watch, free=free, observe=_watching(stage, step, found, observe[0]))
-    if not found:
-        steps = sorted({images[0].step + 1 for images in parent.trail.get(stage, ())})
-        raise BadInput(f"Stage {stage!r} can be forked after its steps {steps[0]} to {steps[-1]}, not after {step}.")
     (point,) = found
     latents = replace(point.latents, seeds=changed.seeds())
     was, now = chain.stages[index], changed.stages[index]

@@ -35,6 +35,10 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
         BadChain: no such file, not TOML, or a key or value that is not allowed; the line is named.
     """
     path = _find(source)
+    if path.suffix == ".safetensors":
+        raise BadChain(
+            f"{path} is no chain file; if it is a run that was stopped, `unrolled resume {path}` goes on with it."
+        )
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)

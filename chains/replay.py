@@ -165,7 +165,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str
 
 
 def _named(key: str, name: str, was: object, now: object) -> Iterator[str]:
-    if key == "models" and isinstance(was, Mapping) and isinstance(now, Mapping):
+    if key == "models":
+        if not isinstance(was, Mapping) or not isinstance(now, Mapping):
+            return  # a stage that only one of them has
         other = [part for part in {**was, **now} if was.get(part) != now.get(part)]
         yield f"the weights of {name}: {', '.join(other)}"
     elif key == "inputs":

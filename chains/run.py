@@ -14,7 +14,7 @@ from .outputs import Result, joined, write
 from .plan import plan
 from .record import Machine
 from .runner import Observe, Runner, Sources, Watch
-from .saved import Saved, find_saved
+from .saved import STEM, Saved, find_saved
 
 
 def run(
@@ -78,6 +78,9 @@ def resume(
     saved = Saved.load(path)
     if (at := held(path)) is None:
         raise BadInput(f"The run in {path} is still under way: wait for it, or stop it first.")
+    others = [file.name for file in path.parent.glob(f"{STEM}_*.safetensors") if file != path]
+    if others:
+        saved.result.notes.append(f"This was {path.name}; {', '.join(sorted(others))} can be gone on with too.")
     with at:
         saved.sweep(path)
         how: Any = {"free": free, "observe": observe, "save_every": save_every, "since": saved, "path": path}

@@ -66,6 +66,8 @@ def _print(found: "Compared", one: str, other: str) -> None:
         for stage, step, sigma, far in found.steps:
             table.add_row(stage, str(step + 1), f"{sigma:.4g}", f"{far:.1e}" if far else "identical")
         out.print(table)
+    else:
+        show("steps: not compared, as sizes, noise levels or stages are not the same")
     if found.pixels is None:
         show("pictures: of different sizes")
     else:

@@ -90,6 +90,8 @@ def fork(
     if not step.isdigit():
         raise BadInput(f"--at {at!r} is not of the form STEP or STAGE.STEP, e.g. 12 or {job.stages[0].name}.12.")
     other = changed(job, change or (), seed=reseed)
+    if other == job and latents is None:
+        raise BadInput("Nothing is different after the fork: say what with --change, --reseed or --latents.")
     edit = (lambda at_fork: Latents.load(latents, at_fork.x.device)) if latents is not None else None
     cameras = (Camera(job), Camera(other)) if film is not None else ()
     if film is not None:
@@ -116,11 +118,19 @@ def report(result: "Result") -> None:
 
 @contextmanager
 def told(output: Path) -> Iterator[None]:
-    """Say where an interrupted run is; typer would leave without a word."""
+    """Say what an interrupted run leaves; typer would leave without a word."""
+
+    def runs() -> set[tuple[Path, int]]:
+        return {(file, file.stat().st_mtime_ns) for file in output.glob("interrupted_*.safetensors")}
+
+    before = runs()
     try:
         yield
     except KeyboardInterrupt:
-        say(f"Interrupted; what was made so far is in {output}: `unrolled resume {output}` goes on with it.")
+        if output.is_file() or runs() - before:
+            say(f"Interrupted; `unrolled resume {output}` goes on with it, and what was finished is there.")
+        else:
+            say("Interrupted before there was anything to keep.")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -64,5 +64,10 @@ class Note(UserWarning):
 
 def closest(given: str, known: Iterable[str]) -> str:
     """What may have been meant, to end a sentence with, if something known is like what was given."""
-    near = difflib.get_close_matches(given, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+
+    def said(name: str) -> str:
+        return name.lower().replace("+", "p").replace("-", "").replace("_", "")
+
+    names = {said(name): name for name in known}
+    near = difflib.get_close_matches(said(given), list(names), 1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

@@ -97,9 +97,12 @@ def test_bad_overrides(file: Path, override: str, message: str) -> None:
         read_chain(file, [override])
 
 
-def test_a_name_that_is_nearly_right() -> None:
+def test_a_name_that_is_nearly_right_and_a_file_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(BadChain, match="did you mean 'text-to-image'"):
         read_chain("txt-to-image")
+    (tmp_path / "interrupted_000.safetensors").touch()
+    with pytest.raises(BadChain, match="is no chain file: if it is a run that was stopped, `unrolled resume"):
+        read_chain(tmp_path / "interrupted_000.safetensors")
 
 
 def test_a_chain_without_stages_or_file(tmp_path: Path) -> None:

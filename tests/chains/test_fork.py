@@ -118,7 +118,7 @@ def test_what_cannot_be_forked(chain: Chain, shelf: Shelf) -> None:
     with pytest.raises(BadInput, match="A fork is in a stage that denoises, text or again, not 'agian'"):
         fork(chain, chain, shelf, 1, "agian")
     with pytest.raises(BadInput, match="Stage 'again' can be forked after its steps 2 to 5, not after 1"):
-        fork(chain, chain, shelf, 1, "again")
+        fork(chain, chain, shelf, 1, "again", watch=lambda *_: pytest.fail("it is known before anything runs"))
     with pytest.raises(BadInput, match="Stage 'text' is changed too, which lies before the fork in 'again'"):
         fork(chain, changed(chain, ["text.prompt=a house"]), shelf, 3, "again")
     with pytest.raises(BadInput, match="needs a stage 'again' at the same place, and a batch of 2"):
@@ -150,6 +150,7 @@ def test_the_command(
     (scene,) = Film.load(page).scenes
     assert [frame.index for frame in scene.frames] == [2, 3]
     assert Image.open(tmp_path / "fork_000.png").width > 2 * 64
+    assert "Nothing is different after the fork: say what with --change" in unrolled("--at", "2")
     assert "--at 'half' is not of the form STEP or STAGE.STEP, e.g. 12 or text-to-image.12." in unrolled("--at", "half")
     latents = (
         fork(

@@ -198,6 +198,16 @@ def test_two_runs_side_by_side(chain: Chain, shelf: Shelf, tmp_path: Path) -> No
     assert (same.settings, same.pixels) == ((), (0.0, 0.0))
 
 
+def test_only_steps_that_end_at_one_level_are_compared(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
+    one, _ = run(chain, shelf, tmp_path).files
+    shorter = chain.stages[0].model_copy(update={"steps": 3})
+    two, _ = run(chain.model_copy(update={"stages": (shorter,)}), shelf, tmp_path).files
+    found = compare(one, two)
+    assert found.steps == ()
+    assert ("stage again", "there", None) in found.settings
+    assert not any("again" in what for what in found.circumstances)
+
+
 def test_pictures_that_cannot_be_compared(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
     one, _ = run(chain, shelf, tmp_path).files
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from unrolled import Latents
+from unrolled import __main__ as command
 from unrolled.chains import outputs, runner
 from unrolled.chains.chain import Chain, Cut, ImageToImage, Inpaint, Resize, Stage, TextToImage, Upscale
 from unrolled.chains.outputs import Result
@@ -308,6 +309,29 @@ def test_other_weights(
     saved.save(tmp_path / "interrupted_000.safetensors")
     with pytest.raises(BadModel, match="the weights of unet are not those that the saved run was begun with"):
         resume(tmp_path)
+
+
+def test_an_interrupt_before_the_first_step_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unrolled.chains.run.run", interrupted)
+    monkeypatch.setattr("sys.argv", ["unrolled", "run", "text-to-image", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="130"):
+        command.main()
+    assert "Interrupted before there was anything to keep." in " ".join(capsys.readouterr().err.split())
+
+
+def test_of_several_runs_the_others_are_named(tiny_folder: Path, shelf: Shelf, tmp_path: Path) -> None:
+    chain = Chain(stages=(TextToImage(model=str(tiny_folder), steps=3, solver="euler"),))
+    for _ in "ab":
+        with pytest.raises(Stopped):
+            run(chain, shelf, tmp_path, stopping_at("text-to-image", 1))
+    assert resume(tmp_path).notes == [
+        "This was interrupted_001.safetensors; interrupted_000.safetensors can be gone on with too."
+    ]
 
 
 def test_saving_never_or_every_so_many_steps(chain: Chain, shelf: Shelf) -> None:
