@@ -36,9 +36,7 @@ def read_chain(source: str | Path, overrides: Sequence[str] = (), **shared: obje
     """
     path = _find(source)
     if path.suffix == ".safetensors":
-        raise BadChain(
-            f"{path} is no chain file; if it is a run that was stopped, `unrolled resume {path}` goes on with it."
-        )
+        raise BadChain(f"{path} is no chain file: if it is a run that was stopped, `unrolled resume {path}` goes on.")
     try:
         text = path.read_text(encoding="utf-8")
         document = tomllib.loads(text)
