@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ del os.environ["TRITON_INTERPRET"]
 
 # The repository's root is the package, and pytest would import it once more, under its folder's name.
 sys.modules.setdefault(Path(unrolled.__file__).resolve().parent.name, unrolled)
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """No test turns them off for the next."""
+    yield
+    enabled = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert enabled, "this test leaves gradients turned off"
 
 
 @pytest.fixture(autouse=True)

@@ -44,15 +44,6 @@ def test_any_picture_of_a_batch_is_identical(ending: str, chain: Chain, shelf: S
         assert not again.changed
 
 
-@pytest.mark.parametrize(
-    "solver", ["euler", "euler-ancestral", "dpm++2m", "pndm", "heun", "unipc", "dpm++sde", "lcm", "sa-solver"]
-)
-def test_for_every_kind_of_solver(solver: str, chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
-    stage = chain.stages[0].model_copy(update={"solver": solver, "steps": 6})
-    (file,) = run(Chain(stages=(stage,)), shelf, tmp_path).files
-    assert replay(file).same
-
-
 def changed(path: Path, **facts: object) -> Path:
     """The same picture, saying something else of itself."""
     told = read_manifest(path) | facts

@@ -30,7 +30,7 @@ from unrolled.core.files import write_atomically
 from unrolled.core.loading import Shelf
 from unrolled.core.loop import Step
 
-SOLVERS = ["euler", "euler-ancestral", "dpm++2m", "dpm++2m-sde", "pndm", "heun", "unipc", "dpm++sde"]
+SOLVERS = ["euler", "euler-ancestral", "dpm++2m-sde", "pndm", "heun", "unipc", "dpm++sde"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def pixels(result: Result) -> list[bytes]:
     return [picture.tobytes() for picture in result.pictures]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["dpm++2m", *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS)])
 def test_stopped_in_every_stage_and_gone_on_with(solver: str, chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
     chain = solved_by(chain, solver)
     whole = run(chain, shelf)
@@ -195,7 +195,9 @@ def killed_and_resumed(chain: Chain, folder: Path, seconds: float, draw: random.
 
 
 @pytest.mark.parametrize(
-    ("solvers", "times"), [(["dpm++2m"], 4), pytest.param(SOLVERS[:6], 34, marks=pytest.mark.slow)], ids=["few", "200 kills"]
+    ("solvers", "times"),
+    [(["dpm++2m"], 4), pytest.param(["dpm++2m", *SOLVERS[:5]], 34, marks=pytest.mark.slow)],
+    ids=["few", "200 kills"],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")
 def test_killed_at_any_moment(solvers: list[str], times: int, chain: Chain, shelf: Shelf, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def seen(model: Model) -> Iterator[Tensor]:
     if config.time_cond_proj_dim:
         given["timestep_cond"] = torch.randn(2, config.time_cond_proj_dim, generator=draw)
     with torch.no_grad():
-        yield model.unet(torch.randn(2, config.in_channels, 16, 16, generator=draw), 400, **given).sample
+        out = model.unet(torch.randn(2, config.in_channels, 16, 16, generator=draw), 400, **given).sample
+    yield out  # not in there: two of these that run in turn would leave gradients off
 
 
 def off(a: Model, b: Model) -> float:
