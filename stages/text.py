@@ -56,18 +56,10 @@ def encode_text(
         Note: what was dropped, by its text; that the mean of a weighted context could not be restored.
     """
     encoders = _encoders(model)
-    first = [prompts or ""] if prompts is None or isinstance(prompts, str) else list(prompts)
-    second = first if prompts_2 is None else [prompts_2] if isinstance(prompts_2, str) else list(prompts_2)
-    if not first or len(first) != len(second):
-        raise BadInput('Text encoding needs at least one prompt, and as many for a second encoder; the empty prompt is "".')
-    if prompts_2 is not None and len(encoders) < 2:
-        raise BadInput(f"{model.name} has one text encoder: leave out the second prompt.")
-    if prompts_2 is not None and prompts is None:
-        raise BadInput('A second prompt was given without a first: the empty prompt is "".')
     # The refiner has the second encoder alone, for the first prompt.
     told = [
         (encoder, [lay_out(encoder, prompt, chunks, weights) for prompt in texts])
-        for encoder, texts in zip(encoders, (first, second), strict=False)
+        for encoder, texts in zip(encoders, _texts(model, len(encoders), prompts, prompts_2), strict=False)
     ]
     for dropped in dict.fromkeys(layout.dropped for _, layouts in told for layout in layouts):
         if dropped:
@@ -84,6 +76,19 @@ def encode_text(
     if prompts is None and isinstance(model, Model) and model.system == "sdxl":
         return zeroed(whole) if model.index.get("force_zeros_for_empty_prompt", True) else whole
     return whole
+
+
+def _texts(model: Model | Prior, encoders: int, prompts: Prompts, prompts_2: Prompts) -> tuple[list[str], list[str]]:
+    """What the first encoder is told and what the second, checked."""
+    first = [prompts or ""] if prompts is None or isinstance(prompts, str) else list(prompts)
+    second = first if prompts_2 is None else [prompts_2] if isinstance(prompts_2, str) else list(prompts_2)
+    if not first or len(first) != len(second):
+        raise BadInput('Text encoding needs at least one prompt, and as many for a second encoder; the empty prompt is "".')
+    if prompts_2 is not None and encoders < 2:
+        raise BadInput(f"{model.name} has one text encoder: leave out the second prompt.")
+    if prompts_2 is not None and prompts is None:
+        raise BadInput('A second prompt was given without a first: the empty prompt is "".')
+    return first, second
 
 
 def zeroed(conditioning: Conditioning) -> Conditioning:

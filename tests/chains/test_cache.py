@@ -380,7 +380,8 @@ def test_two_runs_at_once_share_it(chain: Chain, cache: Cache) -> None:
 
 def test_a_folder_that_cannot_be_written_is_no_fault(chain: Chain, shelf: Shelf, tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where the folder should be")
-    run(chain, shelf, cache=Cache(tmp_path / "blocked"))
+    assert pixels(run(chain, shelf, cache=Cache(tmp_path / "blocked"))) == pixels(run(chain, shelf))
+    assert (tmp_path / "blocked").read_text() == "a file where the folder should be"
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
